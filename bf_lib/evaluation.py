@@ -17,7 +17,6 @@ import pandas as pd
 from bf_lib.judges import Seen
 from bf_lib.scenes import Scene, describe, relation_of, sample_scene
 
-
 # task -> the kind of scene it is asked about
 TASKS = {
     "single object": "single",

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from bf_lib.drawing import draw_many
 from bf_lib.mini import TOKENS, new_tokenizer, to_float, tokenize
 from bf_lib.scenes import (
     BACKGROUNDS,
@@ -38,12 +39,10 @@ from bf_lib.scenes import (
     SIZE,
     Scene,
     caption,
-    draw,
     sample_medley,
     sample_scene,
 )
 from bf_lib.training import Plan, load_ema
-
 
 SCENE_PLAN = Plan(steps=2400, batch=64, lr=2e-3, warmup=50, decay=0.6, ema=0.995)
 CLIP_PLAN = Plan(
@@ -53,7 +52,7 @@ CLIP_PLAN = Plan(
 CELL = 4  # pixels a side of the judge's cells
 THRESHOLD = 0.5  # least heat of an object
 
-_SHAPES, _COLOURS, _BACKGROUNDS = list(SHAPES), list(COLOURS), list(BACKGROUNDS)
+_COLOURS, _BACKGROUNDS = tuple(COLOURS), tuple(BACKGROUNDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class SceneJudge(nn.Module):
             nn.SiLU(),
             *(_Residual(width) for _ in range(4)),
         )
-        self.head = nn.Conv2d(width, 3 + len(_SHAPES) + len(_COLOURS), 1)
+        self.head = nn.Conv2d(width, 3 + len(SHAPES) + len(_COLOURS), 1)
         self.background = nn.Linear(width, len(_BACKGROUNDS))
         nn.init.constant_(self.head.bias[:1], -4.0)  # most cells are empty
 
@@ -120,7 +119,7 @@ class SceneTask:
     def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rng = _numpy_generator(generator)
         scenes = [_any_scene(rng) for _ in range(size)]
-        images = to_float(np.stack([draw(scene) for scene in scenes]))
+        images = to_float(draw_many(scenes))
         heat, where, look = _targets(scenes)
         with torch.autocast("cpu", torch.bfloat16):
             cells, background = self.model(_spoil(images, generator))
@@ -150,7 +149,7 @@ def _any_scene(rng: np.random.Generator) -> Scene:
 
 
 def _spoil(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blurs, brightens and adds noise, each by a random amount: a generator's images are not clean."""
+    """Blurs, brightens and adds noise at random: the images of a generator are not clean."""
     n = len(images)
     amount = torch.rand(4, n, 1, 1, 1, generator=generator)
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -173,7 +172,7 @@ def _targets(scenes: list[Scene]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]
             bump = torch.exp(-((line - x) ** 2)[None] / 1.2 - ((line - y) ** 2)[:, None] / 1.2)
             heat[n] = torch.maximum(heat[n], bump)
             where.append((n, y, x))
-            look.append((cx - x, cy - y, _SHAPES.index(thing.shape), _COLOURS.index(thing.colour)))
+            look.append((cx - x, cy - y, SHAPES.index(thing.shape), _COLOURS.index(thing.colour)))
     n, y, x = torch.tensor(where).T
     return heat, (n, y, x), torch.tensor(look)
 
@@ -208,7 +207,7 @@ def read_scenes(judge: SceneJudge, images: Tensor, batch: int = 256) -> list[lis
 
 def _seen(cell: Tensor, x: int, y: int) -> Seen:
     return Seen(
-        shape=_SHAPES[int(cell[3:11].argmax())],
+        shape=SHAPES[int(cell[3:11].argmax())],
         colour=_COLOURS[int(cell[11:].argmax())],
         x=CELL * (x + float(cell[1])),
         y=CELL * (y + float(cell[2])),
@@ -217,7 +216,7 @@ def _seen(cell: Tensor, x: int, y: int) -> Seen:
 
 
 def new_clip(vocab_size: int) -> open_clip.CLIP:
-    """Builds the untrained CLIP judge: four layers of width 128 for the image, three for the text."""
+    """Builds the untrained CLIP judge: four image and three text layers of width 128."""
     vision = {"image_size": SIZE, "patch_size": 8, "width": 128, "head_width": 32, "layers": 4}
     text = {"context_length": TOKENS, "vocab_size": vocab_size}
     text |= {"width": 128, "heads": 4, "layers": 3}
@@ -227,8 +226,8 @@ def new_clip(vocab_size: int) -> open_clip.CLIP:
 class ClipTask:
     """The symmetric contrastive loss of CLIP (Radford et al. 2021) on scenes and captions.
 
-    Half of the captions name every attribute and half leave some out. Each process contrasts its own part
-    of the batch.
+    Half of the captions name every attribute and half leave some out. Each process contrasts its
+    own part of the batch.
     """
 
     def __init__(self) -> None:
@@ -239,7 +238,7 @@ class ClipTask:
         rng = _numpy_generator(generator)
         scenes = [sample_scene(rng, held_out=bool(rng.random() < 0.2)) for _ in range(size)]
         texts = [caption(scene, rng, complete=bool(rng.random() < 0.5)) for scene in scenes]
-        images = _spoil(to_float(np.stack([draw(scene) for scene in scenes])), generator)
+        images = _spoil(to_float(draw_many(scenes)), generator)
         with torch.autocast("cpu", torch.bfloat16):
             image = self.model.encode_image(images, normalize=True)
             text = self.model.encode_text(tokenize(self.tokenizer, texts), normalize=True)

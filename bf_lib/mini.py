@@ -43,9 +43,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bf_lib.scenes import Scene, caption, draw, sample_scene
+from bf_lib.drawing import draw
+from bf_lib.scenes import Scene, caption, sample_scene
 from bf_lib.training import Plan, load_ema
-
 
 SCENES = 60_000  # training scenes
 CAPTIONS = 4  # phrasings of each
