@@ -49,6 +49,7 @@ from bf_lib.training import Plan, load_ema
 
 SCENES = 60_000  # training scenes
 CAPTIONS = 4  # phrasings of each
+ENCODED = 1000  # scenes encoded in one go
 TOKENS = 24  # length of a tokenized caption; the longest has 21 with its two markers
 TEXT_WIDTH = 96  # an eighth of CLIP ViT-L's 768
 DROP = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
@@ -189,7 +190,7 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def training_latents(folder: Path) -> dict[str, Tensor]:
+def training_latents(folder: Path, processes: int = 2) -> dict[str, Tensor]:
     """Encodes the training scenes once, with the trained autoencoder of `folder`/vae.
 
     Returns:
@@ -200,19 +201,27 @@ def training_latents(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / "latents.safetensors"
     if not path.exists():
-        images = training_images(folder)
-        vae = load_ema(new_vae(), folder / "vae").eval()
-        with torch.inference_mode():
-            parts = images[: len(images)].reshape(-1, 100, *images.shape[1:])
-            moments = torch.cat([vae.quant_conv(vae.encoder(to_float(x))).half() for x in parts])
-        tokenizer = new_tokenizer()
-        texts = [text for i in range(len(images)) for text in training_scene(i)[1]]
-        tokens = tokenize(tokenizer, texts).short().view(len(images), CAPTIONS, TOKENS)
+        starts = range(0, SCENES, ENCODED)
+        with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
+            parts = pool.starmap(_encode, [(folder, start) for start in starts], chunksize=1)
+        moments = torch.from_numpy(np.concatenate(parts))
+        texts = [text for i in range(SCENES) for text in training_scene(i)[1]]
+        tokens = tokenize(new_tokenizer(), texts).short().view(SCENES, CAPTIONS, TOKENS)
         scale = 1 / moments[:, :4].float().std()
         tensors = {"moments": moments, "tokens": tokens, "scale": scale[None]}
         save_file(tensors, folder / "new.safetensors")
         (folder / "new.safetensors").rename(path)
     return load_file(path)
+
+
+@torch.inference_mode()
+def _encode(folder: Path, start: int) -> np.ndarray:
+    torch.set_num_threads(1)
+    vae = load_ema(new_vae(), folder / "vae").eval()
+    images = training_images(folder)[start : start + ENCODED]
+    with torch.autocast("cpu", torch.bfloat16):
+        moments = [vae.quant_conv(vae.encoder(x)) for x in to_float(images).split(50)]
+    return torch.cat(moments).half().numpy()
 
 
 class GeneratorTask:
