@@ -46,7 +46,7 @@ from bf_lib.training import Plan, load_ema
 
 SCENE_PLAN = Plan(steps=2400, batch=64, lr=2e-3, warmup=50, decay=0.6, ema=0.995)
 CLIP_PLAN = Plan(
-    steps=3000, batch=256, lr=1e-3, warmup=200, decay=0.7, ema=0.995, weight_decay=0.1
+    steps=3000, batch=128, lr=1e-3, warmup=200, decay=0.7, ema=0.995, weight_decay=0.1
 )
 
 CELL = 4  # pixels a side of the judge's cells

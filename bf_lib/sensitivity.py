@@ -1,7 +1,7 @@
 """Which layers bear low bits: each layer quantized alone, images compared (BitsFusion, §3.2).
 
-For every layer i and b in {1, 2, 3}, layer i alone is quantized to 2^b + 1 balanced levels with the
-alternating scale (§4.1), the same prompts are drawn from the same seeds, and the images are
+For every layer i and b in {1, 2, 3}, layer i alone is quantized to 2^b + 1 balanced levels with
+the alternating scale (§4.1), the same prompts are drawn from the same seeds, and the images are
 compared with those of the full-precision model: MSE, PSNR, LPIPS and the drop of the CLIP score.
 The paper also fine-tunes each candidate before it is scored; this sweep does not.
 
@@ -22,6 +22,7 @@ __all__ = [
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,6 +33,7 @@ from multiprocessing.connection import wait
 from multiprocessing.queues import Queue
 from pathlib import Path
 from threading import Thread
+from typing import Self
 
 import diffusers
 import numpy as np
@@ -43,9 +45,11 @@ from torch import Tensor, nn
 from bf_lib.atomic import write_atomically
 from bf_lib.grids import alternating_scale, fake_quantize, levels_of_bits, relative_mse
 from bf_lib.layers import Layer, get_layer, list_layers
-from bf_lib.metrics import clip_score, load_metrics, mse, psnr_of_mse
+from bf_lib.metrics import clip_score, load_metrics, mse, psnr
 from bf_lib.models import load_pipeline
+from bf_lib.provenance import imported_files, library_digest
 from bf_lib.sampling import Sampler, encode_prompts, generate
+from bf_lib.study import Study
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +94,24 @@ class Sweep:
     sampler: Sampler
     bits: tuple[int, ...] = (1, 2, 3)
     layers: tuple[str, ...] | None = None  # None is every quantizable layer
-    metrics: str = "mini"  # whose perceptual distance and CLIP: "mini" or "sd15"
+    metrics: str = "mini"  # as `metrics.load_metrics` names them
     threads: int = 1
     dtype: str = "float32"
+
+    @classmethod
+    def of(cls, study: Study, prompts: Sequence[str], layers: Sequence[Layer]) -> Self:
+        """Returns the sweep of a study, with the seeds 0, 1, 2, ..."""
+        return cls(
+            model=study.model,
+            prompts=tuple(prompts),
+            seeds=tuple(range(len(prompts))),
+            sampler=Sampler(steps=study.steps, guidance=study.guidance, batch=study.batch),
+            bits=study.bits,
+            layers=tuple(layer.name for layer in layers),
+            metrics="sd15" if study.preset == "sd15" else "mini",
+            threads=study.threads,
+            dtype=study.dtype,
+        )
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.prompts) or not self.prompts:
@@ -121,12 +140,13 @@ class Bench:
 
     def measure(self, images: Tensor) -> dict[str, list[float]]:
         """Compares images with the full-precision ones, prompt by prompt."""
-        error = mse(images, self.reference)
+        # Identical images have no finite PSNR: they count as one value off by one.
+        finest = 10 * math.log10(255**2 * self.reference[0].numel())
+        perceived = self.perceptual.distance(self.features, self.perceptual.features(images))
         return {
-            "mse": error.tolist(),
-            # Identical images have no finite PSNR; one value off by one stands for them.
-            "psnr": psnr_of_mse(error.clamp_min(1 / self.reference[0].numel())).tolist(),
-            "lpips": self.perceptual.distance(self.features, self.perceptual.features(images)).tolist(),
+            "mse": mse(images, self.reference).tolist(),
+            "psnr": psnr(images, self.reference).clamp_max(finest).tolist(),
+            "lpips": perceived.tolist(),
             "clip": clip_score(self.clip.embed_images(images), self.text).tolist(),
         }
 
@@ -160,7 +180,7 @@ def _score(candidate: Candidate | None) -> dict:
 
 
 def run_sweep(
-    sweep: Sweep, path: Path, workers: int = 1, devices: Sequence[str] = ("cpu",)
+    sweep: Sweep, path: Path, workers: int = 1, devices: Sequence[str] | None = None
 ) -> Iterator[dict]:
     """Yields the row of the full-precision model and of each candidate, those on file first.
 
@@ -171,8 +191,9 @@ def run_sweep(
         sweep: What to sweep.
         path: The file of rows, in JSON lines; the first says what they belong to.
         workers: How many processes share the candidates.
-        devices: The devices of the processes, taken in turn.
+        devices: The devices of the processes, taken in turn; by default the GPUs, or the CPU.
     """
+    devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     pipe = sweep.load("cpu")
     layers = [x for x in list_layers(pipe.unet) if sweep.layers is None or x.name in sweep.layers]
     rows = _resume(path, _header(sweep, pipe))
@@ -226,8 +247,9 @@ def _header(sweep: Sweep, pipe: StableDiffusionPipeline) -> dict:
             weights.update(name.encode())
             weights.update(value.contiguous().cpu().flatten().view(torch.uint8).numpy())
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    header = {"sweep": asdict(sweep), "weights": weights.hexdigest(), "code": code_digest(__file__)}
-    return json.loads(json.dumps(header | {"versions": versions}))
+    code = library_digest(imported_files(Path(__file__)))
+    header = {"sweep": asdict(sweep), "weights": weights.hexdigest(), "code": code}
+    return json.loads(json.dumps(header | {"versions": versions}))  # tuples become lists
 
 
 def table(rows: Iterable[Mapping], layers: Sequence[Layer]) -> pd.DataFrame:

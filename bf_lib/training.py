@@ -6,7 +6,7 @@ single-thread processes do about 1.3 times the work of one with two threads; gra
 over them, so the number of processes changes results only by float rounding.
 """
 
-__all__ = ["Plan", "Task", "fit", "load_ema"]
+__all__ = ["Plan", "Task", "fit", "load_ema", "read_log"]
 
 import csv
 import json
@@ -17,12 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from bf_lib.progress import progress
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,6 @@ def fit(
     folder: Path,
     processes: int = 2,
     threads: int = 1,
-    report: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> None:
     """Trains, from the last checkpoint in `folder` when there is one of the same plan.
 
@@ -76,7 +78,6 @@ def fit(
         folder: Where `checkpoint.safetensors` and `log.csv` are kept.
         processes: How many processes share each batch; `plan.batch` must be a multiple.
         threads: Threads of each process.
-        report: Called in the first process with (step, steps, scalars) every few seconds.
     """
     if plan.batch % processes:
         raise ValueError(f"a batch of {plan.batch} cannot be shared by {processes} processes")
@@ -86,7 +87,7 @@ def fit(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (processes, port, threads, make, plan, folder, report)
+    arguments = (processes, port, threads, make, plan, folder)
     mp.spawn(_worker, arguments, nprocs=processes)
 
 
@@ -107,6 +108,11 @@ def load_ema(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
+def read_log(folder: Path) -> pd.DataFrame:
+    """Returns the log of a training: means of its scalars over stretches of steps."""
+    return pd.read_csv(folder / "log.csv")
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     with safe_open(path, "pt") as file:
         return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
@@ -120,7 +126,6 @@ def _worker(
     make: Callable[[], Task],
     plan: Plan,
     folder: Path,
-    report: Callable[[int, int, dict[str, float]], None] | None,
 ) -> None:
     torch.set_num_threads(threads)
     dist.init_process_group(
@@ -136,7 +141,8 @@ def _worker(
     first = _restore(folder, plan, names, params, ema, optimizer)
     log = _Log(folder / "log.csv", first) if rank == 0 else None
     task.model.train()
-    for step in range(first, plan.steps):
+    steps = range(first, plan.steps)
+    for step in progress(steps, desc=f"train {folder.name}") if rank == 0 else steps:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
         generator = torch.Generator().manual_seed(((plan.seed * 64 + rank) << 32) + step)
@@ -151,9 +157,7 @@ def _worker(
         keep = min(plan.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - keep)
         if log:
-            line = log.add(step, plan.rate(step), scalars)
-            if line and report:
-                report(step + 1, plan.steps, line)
+            log.add(step, plan.rate(step), scalars)
             if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
                 _save(folder, plan, step + 1, names, params, ema, optimizer)
     dist.barrier()
@@ -237,12 +241,12 @@ class _Log:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
         self.rows: list[dict] = rows
 
-    def add(self, step: int, rate: float, scalars: dict[str, Tensor]) -> dict[str, float] | None:
+    def add(self, step: int, rate: float, scalars: dict[str, Tensor]) -> None:
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
         self.count += 1
         if self.count < self.every:
-            return None
+            return
         line = {name: total / self.count for name, total in self.sums.items()}
         seconds = (time.perf_counter() - self.since) / self.count
         self.rows.append({"step": step + 1, "lr": rate, **line, "seconds_per_step": seconds})
@@ -251,4 +255,3 @@ class _Log:
             writer.writeheader()
             writer.writerows(self.rows)
         self.sums, self.count, self.since = {}, 0, time.perf_counter()
-        return line | {"seconds_per_step": seconds}

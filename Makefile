@@ -1,0 +1,125 @@
+# The study as a graph of notebooks. `make help` says what there is.
+#
+# Plain make on purpose: GNU make 3.81, which macOS ships, has no grouped targets, no .ONESHELL and
+# no $(file). What make cannot do well (run, check and stamp a notebook) is bf_lib/execute.py.
+
+PRESET ?= mini
+SEED   ?= 0
+PARAMS ?=
+ENV    := .venv
+
+# `make PY=python` uses an environment that is already active, instead of making one.
+ifeq ($(origin PY),undefined)
+PY    := $(CURDIR)/$(ENV)/bin/python
+READY := $(ENV)/.installed
+endif
+
+B     := build/$(PRESET)
+LIB   := $(sort $(wildcard bf_lib/*.py bf_lib/*.mplstyle))
+DATA  := $(sort $(wildcard data/*.csv data/prompts/* data/mini/*.json data/mini/*/*))
+
+# Notebooks from 90 up make what the study starts from, so `make reproduce` leaves them out.
+STUDY := $(patsubst notebooks/%.ipynb,%,$(sort $(wildcard notebooks/[0-8][0-9]_*.ipynb)))
+MINI  := 90_train_mini
+
+# Float sums depend on the number of threads, so it is fixed here and not left to the machine.
+export OMP_NUM_THREADS      ?= 1
+export MKL_NUM_THREADS      := $(OMP_NUM_THREADS)
+export OPENBLAS_NUM_THREADS := $(OMP_NUM_THREADS)
+export PARAMS
+export PYTHONHASHSEED       := 0
+export PYTHONPATH           := $(CURDIR)
+# The kernel of this environment, and not one of the same name that the user has elsewhere.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help env mini smoke reproduce figures verify render site test lint clean FORCE
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make reproduce   run the study and draw every figure    (PRESET=mini, or smoke, or sd15)'
+	@echo 'make test        lint, unit tests, and every notebook at PRESET=smoke'
+	@echo 'make smoke       make reproduce PRESET=smoke: a first look, in minutes'
+	@echo 'make figures     draw the committed figures again from the committed tables'
+	@echo 'make verify      compare what make reproduce got with what is committed'
+	@echo 'make render      make reproduce, and put the executed notebooks in notebooks/rendered'
+	@echo 'make site        build/site: the rendered notebooks as web pages'
+	@echo 'make mini        train the embedded model from nothing    (hours)'
+	@echo 'make env         the environment in $(ENV); the others make it when it is missing'
+	@echo 'make lint        ruff'
+	@echo 'make clean       remove stamps, logs and the site; a half-trained model stays'
+	@echo
+	@echo 'Options: PRESET=$(PRESET) SEED=$(SEED) PARAMS="name=value ..." (single parameters of the'
+	@echo 'notebooks), PY=python (an environment that is active already), -j2 (two notebooks at once).'
+
+# ---- environment -------------------------------------------------------------------------------
+
+env: $(READY)
+
+# The stamp comes last, so an environment that was interrupted is completed by the next command. A
+# folder in which pip does not run is half an environment: it is removed, if it is one at all.
+$(ENV)/.installed: pyproject.toml constraints.txt
+	@$(ENV)/bin/python -c 'import pip, ssl' 2>/dev/null || { \
+	    if [ -f $(ENV)/pyvenv.cfg ] || [ -d $(ENV)/conda-meta ]; then rm -rf $(ENV); fi; \
+	    conda=$$(command -v micromamba || command -v mamba || command -v conda || true); \
+	    base=$$(python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3); \
+	    if [ -n "$$conda" ]; then "$$conda" env create --yes -p $(ENV) -f environment.yml; \
+	    else "$$base" -m venv $(ENV); fi; }
+	$(ENV)/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# ---- notebooks ---------------------------------------------------------------------------------
+
+reproduce: $(STUDY:%=$(B)/%.done)
+
+smoke:
+	@$(MAKE) --no-print-directory PRESET=smoke reproduce
+
+mini: $(B)/$(MINI).done
+
+$(STUDY:%=$(B)/%.done): $(B)/%.done: notebooks/%.ipynb $(DATA) $(LIB) $(B)/settings | $(READY)
+	@$(PY) -m bf_lib.execute $< $(B) preset=$(PRESET) seed=$(SEED) $(PARAMS)
+
+# It writes the embedded model, so it cannot depend on it.
+$(B)/$(MINI).done: notebooks/$(MINI).ipynb $(LIB) $(B)/settings | $(READY)
+	@$(PY) -m bf_lib.execute $< $(B) preset=$(PRESET) seed=$(SEED) $(PARAMS)
+
+# What each notebook reads of others. One that is not listed reads only the data it starts from.
+$(B)/03_sensitivity.done: $(B)/01_unet_anatomy.done
+
+# Rewritten only when it changes: other parameters, threads or versions, or a file less.
+$(B)/settings: FORCE
+	@mkdir -p $(B)
+	@{ echo "seed=$(SEED) $$PARAMS threads=$(OMP_NUM_THREADS)"; \
+	   cksum < constraints.txt; echo $(LIB) $(DATA); } > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+render: reproduce
+	@[ $(PRESET) = mini ] || { echo 'notebooks/rendered holds the copies of PRESET=mini'; exit 1; }
+	@mkdir -p notebooks/rendered
+	cp $(STUDY:%=$(B)/rendered/%.ipynb) notebooks/rendered/
+	@if [ -e $(B)/$(MINI).done ]; then cp $(B)/rendered/$(MINI).ipynb notebooks/rendered/; fi
+
+site: $(READY)
+	@$(PY) -m bf_lib.site notebooks/rendered build/site
+
+# ---- results -----------------------------------------------------------------------------------
+
+figures: $(READY)
+	@$(PY) -m bf_lib.figures $(PRESET)
+
+verify: reproduce
+	@$(PY) -m bf_lib.verify $(PRESET)
+
+# ---- checks ------------------------------------------------------------------------------------
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+test: lint
+	$(PY) -m pytest -q
+	@$(MAKE) --no-print-directory smoke
+
+clean:
+	rm -rf build/smoke build/mini build/sd15 build/site

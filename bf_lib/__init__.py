@@ -1,0 +1,1 @@
+"""BitsFusion, open and reproducible: 1.99-bit weights for the Stable Diffusion UNet."""

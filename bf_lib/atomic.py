@@ -1,0 +1,59 @@
+"""Files that are there completely or not at all."""
+
+__all__ = ["DiskFull", "write_atomically"]
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+
+class DiskFull(OSError):
+    """There was no room for a file; what was there before is untouched."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file such that a kill, a crash or a full disk leaves the old one or the new one.
+
+    Arguments:
+        path: The file; its folder is made when it is missing.
+        data: The whole content.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_rename(path, data)
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            err.errno,
+            f"no space left for {path.name} ({len(data) / 1e6:.1f} MB); nothing was overwritten. "
+            "Free some space and run the same command again",
+            str(path.parent),
+        ) from err
+
+
+def _write_and_rename(path: Path, data: bytes) -> None:
+    # In the same folder, because a rename is atomic only within one file system.
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    temporary = Path(name)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes it private
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename itself survive a power cut."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,163 @@
+"""Run one notebook for make: `python -m bf_lib.execute SOURCE BUILD [name=value ...]`.
+
+Leaves in the build folder a log, the notebook as far as it ran, and, only when all went well, the
+rendered copy and last of all the stamp that make looks at. Whatever an earlier run left is removed
+first, so that nothing of a failed or interrupted run looks finished.
+"""
+
+__all__ = ["Products", "execute", "main"]
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, TextIO
+
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from bf_lib import nb
+from bf_lib.atomic import DiskFull, write_atomically
+from bf_lib.paths import display_path
+from bf_lib.progress import duration, relayed
+
+TAIL = 25  # lines of the log that a failure shows
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The files that a run of one notebook leaves in the build folder."""
+
+    stamp: Path  # what make looks at; written last
+    rendered: Path
+    run: Path  # the notebook as far as it ran
+    log: Path
+    progress: Path
+
+    @classmethod
+    def of(cls, source: Path, build: Path) -> Self:
+        """Returns the files of a notebook, by its name."""
+        stem = build.resolve() / source.stem
+        return cls(
+            stamp=stem.with_suffix(".done"),
+            rendered=build.resolve() / "rendered" / source.name,
+            run=stem.with_suffix(".run.ipynb"),
+            log=stem.with_suffix(".log"),
+            progress=stem.with_suffix(".progress"),
+        )
+
+    def remove(self) -> None:
+        """Removes what an earlier run left, the stamp first."""
+        for path in (self.stamp, self.rendered, self.run, self.log, self.progress):
+            path.unlink(missing_ok=True)
+
+
+def execute(source: Path, build: Path, given: Mapping[str, str]) -> None:
+    """Runs a notebook and, when it ran completely, writes its rendered copy and its stamp.
+
+    Arguments:
+        source: The notebook.
+        build: The folder of stamps and logs of one preset.
+        given: Values of parameters by name, as text.
+    """
+    products = Products.of(source, build)
+    products.remove()
+    original = nb.read(source)
+    parameters = nb.typed_parameters(original, given)
+    start = time.time()
+    label = f"[{build.name}] {source.stem}"
+    with _redirected(products.log) as terminal:
+        print(label, file=terminal, flush=True)
+        with relayed(products.progress, terminal, prefix=f"{label}: "):
+            executed = _papermill(source, products, parameters)
+        nb.check(executed, original)
+        nb.normalise(executed, original)
+        nb.write(executed, products.rendered)
+        write_atomically(products.stamp, f"{nb.source_digest(original)}\n".encode())
+        os.utime(products.stamp, (start, start))  # what was edited meanwhile is newer than it
+        print(f"{label}: done in {duration(time.time() - start)}", file=terminal, flush=True)
+
+
+def _papermill(
+    source: Path,
+    products: Products,
+    parameters: Mapping[str, object],
+) -> nb.NotebookNode:
+    """Runs a notebook in a fresh kernel, in its own folder as Jupyter does."""
+    os.environ["BF_HEADLESS"] = "1"
+    os.environ["BF_PROGRESS"] = str(products.progress)
+    try:
+        return papermill.execute_notebook(
+            source.resolve(),
+            products.run,
+            parameters=dict(parameters),
+            kernel_name="python3",  # whatever kernel it was last saved with
+            language="python",
+            cwd=source.parent.resolve(),
+            progress_bar=False,
+            log_output=True,
+        )
+    except PapermillExecutionError as err:
+        print(_ANSI.sub("", "\n".join(err.traceback)), flush=True)
+        raise nb.NotebookError(f"cell [{err.exec_count}]: {err.ename}: {err.evalue}") from err
+    except DeadKernelError as err:
+        raise nb.NotebookError("its kernel died (killed, out of memory or interrupted)") from err
+
+
+@contextmanager
+def _redirected(log: Path) -> Iterator[TextIO]:
+    """Sends what this process and its kernel print to a log, and yields the terminal."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept = os.dup(1), os.dup(2)
+    with log.open("w", encoding="utf-8") as file, os.fdopen(os.dup(1), "w") as terminal:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        logging.basicConfig(
+            stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True
+        )
+        try:
+            yield terminal
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, original in enumerate(kept, 1):
+                os.dup2(original, number)
+                os.close(original)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the notebook that the command line names; returns the exit status."""
+    source, build = Path(arguments[0]), Path(arguments[1])
+    pairs = (pair.partition("=") for pair in arguments[2:])
+    try:
+        execute(source, build, {name: text for name, _, text in pairs})
+    except KeyboardInterrupt:
+        print(f"{source}: interrupted", file=sys.stderr)
+        return 130
+    except (nb.NotebookError, DiskFull) as err:
+        print(_failure(source, Products.of(source, build), err), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _failure(source: Path, products: Products, err: Exception) -> str:
+    """Returns what went wrong, the end of the log before it, where to look, and the name last."""
+    lines = []
+    if products.log.exists():
+        tail = products.log.read_text(encoding="utf-8").splitlines()[-TAIL:]
+        lines += [*(f"    {line}" for line in tail), f"log: {display_path(products.log)}"]
+    if products.run.exists():
+        lines.append(f"the notebook as far as it ran: {display_path(products.run)}")
+    return "\n".join([*lines, f"{source} FAILED: {err}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

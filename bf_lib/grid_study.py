@@ -1,0 +1,120 @@
+"""Tables of how well grids fit weights, by scale, number of levels and step (§4.1)."""
+
+__all__ = ["Example", "channel_example", "convergence", "gaussian_errors", "grid_errors"]
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from bf_lib.grids import (
+    alternating_scale,
+    fake_quantize,
+    levels_of_bits,
+    minmax_scale,
+    optimal_scale,
+    relative_mse,
+)
+from bf_lib.unbalanced import alternating_grid, fake_quantize_unbalanced, fixed_grid, minmax_grid
+
+SCALES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "minmax": minmax_scale,
+    "alternating": alternating_scale,
+    "optimal": optimal_scale,
+}
+
+
+def grid_errors(weights: Mapping[str, Tensor], bits: Sequence[int]) -> pd.DataFrame:
+    """Tabulates the relative squared error of layers on plain and balanced grids.
+
+    Plain grids have 2^b levels: "plain minmax" spans each channel with a zero-point of its own,
+    "plain alternating" has the codes {-2^(b-1), ..., 2^(b-1) - 1} and an alternating scale.
+    Balanced grids have 2^b + 1 levels.
+
+    Arguments:
+        weights: The weights of each layer by its name.
+        bits: The paper's b, at least 1.
+
+    Returns:
+        Columns layer, method, levels, relative_mse.
+    """
+    rows = []
+    for name, weight in weights.items():
+        for b in bits:
+            for method, (levels, approximation) in _approximations(weight, b).items():
+                rows.append((name, method, levels, float(relative_mse(weight, approximation))))
+    return pd.DataFrame(rows, columns=["layer", "method", "levels", "relative_mse"])
+
+
+def _approximations(weight: Tensor, bits: int) -> dict[str, tuple[int, Tensor]]:
+    """Returns the levels and the quantized weight of each method."""
+    fitted = alternating_grid(weight, bits, fixed_grid(weight, bits))
+    plain = {"plain minmax": minmax_grid(weight, bits), "plain alternating": fitted}
+    found = {
+        method: (2**bits, fake_quantize_unbalanced(weight, grid, bits))
+        for method, grid in plain.items()
+    }
+    levels = levels_of_bits(bits)
+    for method, scale in SCALES.items():
+        found[method] = (levels, fake_quantize(weight, scale(weight, levels), levels))
+    return found
+
+
+def convergence(
+    weights: Mapping[str, Tensor], levels: Sequence[int], steps: Iterable[int]
+) -> pd.DataFrame:
+    """Tabulates how far the alternating scale is from the optimum after some steps.
+
+    Returns:
+        Columns layer, levels, steps, excess: the error over the optimum's, less one.
+    """
+    rows = []
+    for name, weight in weights.items():
+        for count in levels:
+            best = _error(weight, optimal_scale(weight, count), count)
+            for step in steps:
+                error = _error(weight, alternating_scale(weight, count, step), count)
+                rows.append((name, count, step, error / best - 1))
+    return pd.DataFrame(rows, columns=["layer", "levels", "steps", "excess"])
+
+
+def _error(weight: Tensor, scale: Tensor, levels: int) -> float:
+    return float(relative_mse(weight, fake_quantize(weight, scale, levels)))
+
+
+def gaussian_errors(levels: Sequence[int], generator: torch.Generator) -> pd.DataFrame:
+    """Tabulates the error of each way to choose the scale on Gaussian channels of 1280 weights."""
+    weight = torch.randn(1000, 1280, generator=generator)
+    rows = [
+        (count, method, _error(weight, scale(weight, count), count))
+        for count in levels
+        for method, scale in SCALES.items()
+    ]
+    table = pd.DataFrame(rows, columns=["levels", "method", "relative_mse"])
+    return table.pivot(index="levels", columns="method", values="relative_mse")[list(SCALES)]
+
+
+class Example(NamedTuple):
+    """Single channels, and the scales that each method gives them, as `plots` takes them."""
+
+    weights: pd.DataFrame  # columns channel, weight
+    scales: pd.DataFrame  # columns channel, method, levels, scale
+
+
+def channel_example(
+    weights: Mapping[str, Tensor], levels: int, channels: Sequence[int] = (0,)
+) -> Example:
+    """Takes some output channels of each layer, with their scales at a number of levels."""
+    values, scales = [], []
+    for name, weight in weights.items():
+        found = {method: scale(weight, levels).flatten() for method, scale in SCALES.items()}
+        for channel in channels:
+            label = f"{name}\nchannel {channel}"
+            values += [(label, float(w)) for w in weight[channel].flatten()]
+            scales += [(label, m, levels, float(s[channel])) for m, s in found.items()]
+    return Example(
+        pd.DataFrame(values, columns=["channel", "weight"]),
+        pd.DataFrame(scales, columns=["channel", "method", "levels", "scale"]),
+    )

@@ -1,0 +1,52 @@
+"""Images in figures: grids with captions, and rows to compare."""
+
+__all__ = ["captioned", "draw_rows", "image_rows"]
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure, SubFigure
+from numpy import ndarray as Array
+
+WIDTH = 7.0  # inches, of a figure over the whole page
+
+
+def captioned(images: Array, captions: Sequence[str], columns: int = 8) -> Figure:
+    """A grid of images (n, h, w, 3), each with its caption below."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 1.22 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, text in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image)
+        lines = textwrap.fill(text, 19)
+        axis.text(0.5, -0.04, lines, transform=axis.transAxes, ha="center", va="top", fontsize=5.5)
+    return figure
+
+
+def image_rows(rows: Mapping[str, Array], below: Sequence[str] = ()) -> Figure:
+    """Rows of images (n, h, w, 3), each with its name at the left, and captions below the last."""
+    columns = max(map(len, rows.values()))
+    side = (WIDTH - 1.3) / columns
+    figure = plt.figure(figsize=(WIDTH, side * len(rows) + (0.7 if below else 0.1)))
+    axes = draw_rows(figure, rows)
+    for axis, text in zip(axes[-1], below, strict=False):
+        axis.set_xlabel(textwrap.fill(text, 15), fontsize=5.5)
+    return figure
+
+
+def draw_rows(figure: Figure | SubFigure, rows: Mapping[str, Array]) -> Array:
+    """Draws rows of images into a figure and returns its axes, with shape (rows, columns)."""
+    columns = max(map(len, rows.values()))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            axis.spines[:].set_visible(False)
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image)
+        label = textwrap.fill(name.replace(".", ". "), 18).replace(". ", ".")
+        line[0].set_ylabel(label, fontsize=6, rotation=0, ha="right", va="center")
+    return axes

@@ -1,0 +1,75 @@
+"""Where a result comes from: code, versions and machine.
+
+These change from run to run while the result does not, so they are kept apart from the results
+(`render.json`, one per notebook), and a committed figure differs only when it looks different.
+"""
+
+__all__ = ["code_version", "library_digest", "machine", "sha256", "versions"]
+
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from bf_lib.paths import ROOT
+
+PACKAGES = ("diffusers", "matplotlib", "numpy", "pandas", "torch", "transformers")
+
+
+def sha256(data: bytes) -> str:
+    """Returns the digest of some bytes, with its kind in front."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def library_digest(files: Iterable[Path] | None = None) -> str:
+    """Returns a digest of source files, by default all of `bf_lib`."""
+    paths = sorted((ROOT / "bf_lib").glob("*.py") if files is None else files)
+    return sha256(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in paths))
+
+
+def code_version(root: Path = ROOT) -> dict[str, object]:
+    """Returns the commit and whether there are changes since; None for both outside of git."""
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of python and of the packages that numbers depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, object]:
+    """Returns what the run ran on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gb": round(psutil.virtual_memory().total / 2**30),
+        "gpu": gpu,
+    }
+
+
+def _cpu() -> str:
+    information = Path("/proc/cpuinfo")  # Linux; elsewhere python knows
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,104 @@
+"""The study's sizes, by preset: the same code runs at each, only these numbers change.
+
+`smoke` and `mini` run the embedded model in `data/mini` on a laptop's CPU, offline; `sd15` is the
+paper's own scale (App. B: SD-v1.5, 256 layers at 1, 2 and 3 bits, 100 prompts).
+"""
+
+__all__ = ["PRESETS", "Study"]
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Self
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """The sizes of one run of the study."""
+
+    preset: str
+    model: str  # folder relative to the repository, or hub id
+    resolution: int  # pixels along each side of an image
+    prompts: int  # prompts of the sweep, each with one fixed seed
+    steps: int  # sampler steps
+    guidance: float  # classifier-free guidance scale; 1 is none
+    batch: int  # prompts per forward pass; guidance doubles it
+    bits: tuple[int, ...] = (1, 2, 3)  # the paper's b bits, that is 2**b + 1 levels
+    layers: int | None = None  # how many layers to sweep, spread over the UNet; None is all 256
+    workers: int = 1  # processes that share the sweep
+    threads: int = 1  # per process; float sums depend on it, so it is never left to the machine
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
+        for name in ("resolution", "prompts", "steps", "batch", "workers", "threads"):
+            _require_count(name, getattr(self, name))
+        if self.layers is not None:
+            _require_count("layers", self.layers)
+        if not self.guidance >= 1:
+            raise ValueError(f"guidance must be at least 1, got {self.guidance!r}")
+        if not self.bits or any(type(b) is not int or b < 1 for b in self.bits):
+            raise ValueError(f"bits must be one or more integers from 1 up, got {self.bits!r}")
+        if len(set(self.bits)) < len(self.bits):
+            raise ValueError(f"bits must differ from each other, got {self.bits!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+
+    @classmethod
+    def of(cls, preset: str, **overrides: object) -> Self:
+        """Returns the sizes of a preset, with single fields overridden.
+
+        Arguments:
+            preset: One of `smoke`, `mini` and `sd15`.
+            overrides: Fields by name. None keeps the preset's value, which is how a notebook's
+                parameter says that it was not given.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+        known = {field.name for field in fields(cls)} - {"preset"}
+        if unknown := sorted(set(overrides) - known):
+            raise ValueError(f"no such field of a study: {unknown}; there are {sorted(known)}")
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if "bits" in given:
+            given["bits"] = tuple(given["bits"])
+        return cls(preset=preset, **(PRESETS[preset] | given))
+
+    def digest(self) -> str:
+        """Returns a digest of the fields that results depend on.
+
+        `workers` is left out: it says how the work is shared, and any number gives the same rows.
+        """
+        kept = {name: value for name, value in asdict(self).items() if name != "workers"}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _require_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an integer from 1 up, got {value!r}")
+
+
+_MINI = {
+    "model": "data/mini",
+    "resolution": 64,
+    "prompts": 32,
+    "steps": 8,
+    "guidance": 4.0,
+    "batch": 16,
+    "workers": 2,
+}
+
+PRESETS: dict[str, dict[str, object]] = {
+    "smoke": _MINI | {"prompts": 2, "steps": 2, "batch": 2, "layers": 6, "workers": 1},
+    "mini": _MINI,
+    "sd15": {
+        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "resolution": 512,
+        "prompts": 100,  # App. B
+        "steps": 50,  # the paper's default sampler; App. B does not say
+        "guidance": 7.5,  # as in Table 3; App. B does not say
+        "batch": 4,
+    },
+}

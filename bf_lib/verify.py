@@ -1,0 +1,204 @@
+"""Compare fresh results with the committed ones: `python -m bf_lib.verify PRESET`.
+
+Numbers are compared one by one within tolerances, because torch promises no identity across
+machines and versions; everything else must be equal. What a figure shows is compared through the
+table it is drawn from; its pixels depend on fonts, and are not compared.
+"""
+
+__all__ = ["Difference", "Tolerance", "compare", "flatten", "main"]
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bf_lib.paths import ROOT
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a fresh number may be from the committed one."""
+
+    rtol: float
+    atol: float
+
+    def allows(self, committed: float, fresh: float) -> bool:
+        """Whether two numbers agree; nothing but itself agrees with one that is not finite."""
+        if math.isfinite(committed) and math.isfinite(fresh):
+            return abs(fresh - committed) <= self.atol + self.rtol * abs(committed)
+        return str(committed) == str(fresh)
+
+
+# ---- the tolerances, all of them ---------------------------------------------------------------
+
+# Wide enough for another processor, whose float32 sums differ in the last bits and whose samples
+# differ by what sampling makes of that; far below the differences that the study is about.
+DEFAULT = Tolerance(rtol=1e-3, atol=1e-6)
+
+# By column of a table or key of a record, wherever it occurs.
+BY_NAME = {
+    "psnr": Tolerance(rtol=0.0, atol=0.05),  # dB: absolute by nature
+    "mse": Tolerance(rtol=1e-2, atol=1e-4),
+    "clip": Tolerance(rtol=0.0, atol=5e-4),
+    "clip_drop": Tolerance(rtol=0.0, atol=5e-4),  # a difference of near equals
+    "lpips": Tolerance(rtol=1e-2, atol=1e-4),
+}
+
+# What may differ without the result being another: digests say that some byte differs, which the
+# numbers then say better; captions may hold rounded numbers; times are the machine's.
+IGNORED = frozenset({"caption", "content", "inputs", "seconds", "wall_s", "workers"})
+
+REPORTED = 20  # differences that are listed
+
+
+# ---- comparison --------------------------------------------------------------------------------
+
+Leaf = str | float | None  # booleans compare as text
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One value that does not agree."""
+
+    place: str  # file and row or key
+    committed: Leaf
+    fresh: Leaf
+
+    @property
+    def size(self) -> float:
+        """How far apart, relative to the committed value; infinite for what is not two numbers."""
+        if isinstance(self.committed, float) and isinstance(self.fresh, float):
+            return abs(self.fresh - self.committed) / max(abs(self.committed), 1e-12)
+        return math.inf
+
+
+def flatten(name: str, data: bytes) -> dict[str, Leaf]:
+    """Returns the values of a CSV or JSON file by their place in it."""
+    if name.endswith(".csv"):
+        rows = csv.DictReader(io.StringIO(data.decode()))
+        return {
+            f"row {number}/{column}": _number(text)
+            for number, row in enumerate(rows, 1)
+            for column, text in row.items()
+            if column not in IGNORED
+        }
+    return dict(_leaves(json.loads(data), ""))
+
+
+def _leaves(value: object, place: str) -> Iterator[tuple[str, Leaf]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in IGNORED:
+                yield from _leaves(item, f"{place}/{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{place}/{index}")
+    elif isinstance(value, bool) or value is None:
+        yield place, str(value)
+    else:
+        yield place, _number(value)
+
+
+def _number(value: object) -> Leaf:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def compare(name: str, committed: bytes, fresh: bytes) -> tuple[int, list[Difference]]:
+    """Compares two versions of a file; returns how many values, and those that do not agree."""
+    old, new = flatten(name, committed), flatten(name, fresh)
+    places = old | new
+    differences = [
+        Difference(f"{name} {place}".replace(" /", " "), old.get(place), new.get(place))
+        for place in places
+        if not _agree(place.rpartition("/")[2], old.get(place), new.get(place))
+    ]
+    return len(places), differences
+
+
+def _agree(column: str, committed: Leaf, fresh: Leaf) -> bool:
+    if isinstance(committed, float) and isinstance(fresh, float):
+        return BY_NAME.get(column, DEFAULT).allows(committed, fresh)
+    return committed == fresh
+
+
+# ---- git and the report ------------------------------------------------------------------------
+
+
+def committed_files(preset: str, root: Path) -> list[str]:
+    """Returns the committed results of a preset that hold values, by path."""
+    folders = (f"data/runs/{preset}", f"figures/{preset}")
+    names = _git(root, "ls-tree", "-r", "--name-only", "HEAD", "--", *folders).decode().split("\n")
+    return [n for n in names if n.endswith((".csv", ".json")) and not n.endswith("/render.json")]
+
+
+def _git(root: Path, *arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
+
+
+def written_files(preset: str, root: Path) -> set[str]:
+    """Returns the results that the newest run of each notebook says it wrote."""
+    records = sorted((root / "data" / "runs" / preset).glob("*/render.json"))
+    return {name for record in records for name in json.loads(record.read_bytes())["artifacts"]}
+
+
+def _is_orphan(name: str, written: set[str]) -> bool:
+    """Whether no notebook writes a file any more, so that comparing it would say nothing."""
+    stem = name.removesuffix(".json").removesuffix(".csv").removesuffix(".meta")
+    kinds = (".csv", ".json", ".safetensors", ".png")
+    return not any(f"{stem}{kind}" in written for kind in kinds)
+
+
+def main(preset: str, root: Path = ROOT) -> int:
+    """Compares all committed results of a preset with the fresh ones; returns the exit status."""
+    try:
+        names = committed_files(preset, root)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        print("nothing to compare with: this is not a git checkout with a commit", file=sys.stderr)
+        return 1
+    if not names:
+        print(f"nothing is committed for preset {preset}", file=sys.stderr)
+        return 1
+    written = written_files(preset, root)
+    values, problems, differences = 0, [], []
+    for name in names:
+        if not (root / name).exists():
+            problems.append(f"{name}: missing")
+        elif _is_orphan(name, written):
+            problems.append(f"{name}: no notebook writes it any more")
+        else:
+            committed = _git(root, "show", f"HEAD:{name}")
+            count, found = compare(name, committed, (root / name).read_bytes())
+            values, differences = values + count, differences + found
+    _report(preset, len(names), values, problems, differences)
+    return 1 if problems or differences else 0
+
+
+def _report(
+    preset: str,
+    files: int,
+    values: int,
+    problems: list[str],
+    differences: list[Difference],
+) -> None:
+    print(f"{preset}: {values} values in {files} committed files compared with this run")
+    for problem in problems:
+        print(f"  {problem}")
+    worst = sorted(differences, key=lambda difference: -difference.size)
+    for d in worst[:REPORTED]:
+        print(f"  {d.place}: committed {d.committed}, now {d.fresh}  (relative {d.size:.2g})")
+    if len(worst) > REPORTED:
+        print(f"  ... and {len(worst) - REPORTED} more")
+    verdict = f"{len(differences)} values differ, {len(problems)} files are not comparable"
+    print(verdict if differences or problems else "all agree within the tolerances")
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

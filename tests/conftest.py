@@ -1,0 +1,42 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from hypothesis import settings
+
+# The same examples each time, however busy the machine is.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+PARAMETERS = 'preset = "mini"\nseed = 0\nsteps = None'
+
+
+@pytest.fixture(autouse=True)
+def outside_of_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets tests run alike by hand and under `make test`."""
+    for name in ("BF_HEADLESS", "BF_PROGRESS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PARAMS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def write_notebook() -> Callable[..., Path]:
+    """Writes a notebook of a heading, a cell of parameters and the code cells given."""
+
+    def write(path: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
+        new = nbformat.v4
+        nb = new.new_notebook(
+            cells=[
+                new.new_markdown_cell(f"# {path.stem}\n\nA question.", id="title"),
+                new.new_code_cell(parameters, id="parameters", metadata={"tags": ["parameters"]}),
+                *(new.new_code_cell(cell, id=f"cell-{n}") for n, cell in enumerate(cells)),
+            ],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, path)
+        return path
+
+    return write
