@@ -62,7 +62,7 @@ SCHEDULE = {  # SD-v1.5's
 }
 
 VAE_PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
-GENERATOR_PLAN = Plan(steps=6000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999)
+GENERATOR_PLAN = Plan(steps=5000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999)
 
 
 def new_vae() -> AutoencoderKL:
