@@ -217,7 +217,7 @@ notebook 90 (`make mini`) on procedurally drawn 64x64 scenes; nothing in it come
 model or data set. It exists so that a study of quantization runs on a laptop, offline.
 
     pipe = StableDiffusionPipeline.from_pretrained("data/mini")
-    pipe("two red stars on a teal background", num_inference_steps={steps}, guidance_scale={guidance:g})
+    pipe("two red stars", num_inference_steps={steps}, guidance_scale={guidance:g}).images
 
 | part | what | weights |
 | --- | --- | --- |
@@ -227,8 +227,8 @@ model or data set. It exists so that a study of quantization runs on a laptop, o
 | `judges/scene.safetensors` | reads the objects off an image (`bf_lib.judges.SceneJudge`) | fp16 |
 | `judges/clip.safetensors` | a small `open_clip` CLIP, for the CLIP score | fp16 |
 
-The judges share no weights with the generator. All numbers are of the stored weights, on scenes and
-prompts that no part was trained on; this file is written by notebook 90 from what it measured.
+The judges share no weights with the generator. All numbers are of the stored weights, on scenes
+and prompts that no part was trained on; notebook 90 writes this file from what it measured.
 
 ## Autoencoder
 
@@ -242,13 +242,14 @@ Scene judge, % right (an object that is not found counts as wrong):
 | --- |{rules}|
 {judge}
 
-CLIP judge, retrieval@1 among 256 distinct captions: {to_text:.1f} % image to text, {to_image:.1f} % text to image.
+CLIP judge, retrieval@1 among 256 distinct captions: {to_text:.1f} % image to text,
+{to_image:.1f} % text to image.
 
 ## Generator
 
-The share of prompts whose image passes, read by the scene judge: {steps} DPM-Solver++ steps, guidance
-{guidance:g} (the best on other prompts, all from training combinations). "Held out" prompts ask for
-combinations that never occurred in training: colours of shapes, counts of shapes, pairs of shapes.
+The share of prompts whose image passes, read by the scene judge: {steps} DPM-Solver++ steps,
+guidance {guidance:g} (the best on other prompts, all from training combinations). Held-out
+combinations never occurred in training: colours of shapes, counts of shapes, pairs of shapes.
 
 | task | training combinations | held-out combinations |
 | --- | --: | --: |
@@ -256,6 +257,6 @@ combinations that never occurred in training: colours of shapes, counts of shape
 
 ## Limits
 
-It knows 61 words. It draws up to four objects of 8 shapes and 8 colours and nothing else; of other
-prompts it makes something similar. Numbers measured on it are not numbers of Stable Diffusion v1.5.
+It knows 61 words. It draws up to four objects of 8 shapes and 8 colours and nothing else; of
+other prompts it makes something similar. Its numbers are not numbers of Stable Diffusion v1.5.
 """

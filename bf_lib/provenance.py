@@ -4,8 +4,9 @@ These change from run to run while the result does not, so they are kept apart f
 (`render.json`, one per notebook), and a committed figure differs only when it looks different.
 """
 
-__all__ = ["code_version", "library_digest", "machine", "sha256", "versions"]
+__all__ = ["code_version", "imported_files", "library_digest", "machine", "sha256", "versions"]
 
+import ast
 import hashlib
 import os
 import platform
@@ -31,6 +32,26 @@ def library_digest(files: Iterable[Path] | None = None) -> str:
     """Returns a digest of source files, by default all of `bf_lib`."""
     paths = sorted((ROOT / "bf_lib").glob("*.py") if files is None else files)
     return sha256(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in paths))
+
+
+def imported_files(module: Path) -> list[Path]:
+    """Returns a module's file and those of `bf_lib` that it imports, directly or not.
+
+    A result of one module need not be thrown away when another one changes.
+    """
+    found, todo = set(), [module.resolve()]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [f"{node.module}.py"] if isinstance(node, ast.ImportFrom) else []
+            if names and node.module == "bf_lib":
+                names = [f"bf_lib.{alias.name}.py" for alias in node.names]
+            files = [path.parent / name.removeprefix("bf_lib.") for name in names]
+            todo += [file for file in files if file.is_file()]
+    return sorted(found)
 
 
 def code_version(root: Path = ROOT) -> dict[str, object]:
