@@ -127,7 +127,9 @@ def optimal_scale(weight: Tensor, levels: int) -> Tensor:
     magnitudes = weight.flatten(1).abs()
     filled = magnitudes.any(dim=1).nonzero().flatten()
     scale = torch.ones_like(magnitudes[:, :1])
-    for rows in filled.split(max(1, CHUNK // max(magnitudes.shape[1], POINTS * bound))):
+    size = max(1, CHUNK // max(magnitudes.shape[1], POINTS * bound))
+    for start in range(0, len(filled), size):
+        rows = filled[start : start + size]
         scale[rows] = least_squares_scale(magnitudes[rows], bound).to(scale.dtype)
     return or_one(scale.view(-1, *[1] * (weight.ndim - 1)))
 

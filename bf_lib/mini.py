@@ -7,7 +7,7 @@ weighted by min-SNR-5 (Hang et al. 2023, https://arxiv.org/abs/2303.09556).
 """
 
 __all__ = [
-    "GENERATOR_PLAN",
+    "GENERATOR_PLANS",
     "VAE_PLAN",
     "GeneratorTask",
     "VaeTask",
@@ -18,6 +18,7 @@ __all__ = [
     "new_vae",
     "to_float",
     "tokenize",
+    "train_generator",
     "trained_pipeline",
     "training_images",
     "training_latents",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bf_lib.drawing import draw
 from bf_lib.scenes import Scene, caption, sample_scene
-from bf_lib.training import Plan, load_ema
+from bf_lib.training import Plan, fit, load_ema
 
 SCENES = 60_000  # training scenes
 CAPTIONS = 4  # phrasings of each
@@ -62,7 +64,11 @@ SCHEDULE = {  # SD-v1.5's
 }
 
 VAE_PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
-GENERATOR_PLAN = Plan(steps=5000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999)
+# In two rounds: the second starts from the averaged weights of the first.
+GENERATOR_PLANS = (
+    Plan(steps=5000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999),
+    Plan(steps=9000, batch=64, lr=8e-4, warmup=200, decay=0.7, ema=0.999, seed=1),
+)
 
 
 def new_vae() -> AutoencoderKL:
@@ -224,6 +230,14 @@ def _encode(folder: Path, start: int) -> np.ndarray:
     return torch.cat(moments).half().numpy()
 
 
+def train_generator(folder: Path) -> None:
+    """Trains the UNet and the text encoder on the latents in `folder`, round by round."""
+    before = None
+    for number, plan in enumerate(GENERATOR_PLANS, start=1):
+        fit(partial(GeneratorTask, folder), plan, folder / f"generator_{number}", start=before)
+        before = folder / f"generator_{number}"
+
+
 class GeneratorTask:
     """Noise prediction by the UNet from a caption read by the text encoder (Eq. 2)."""
 
@@ -265,7 +279,7 @@ def trained_pipeline(folder: Path) -> StableDiffusionPipeline:
     """Puts the trained parts in `folder` together, in single precision."""
     tokenizer = new_tokenizer()
     parts = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
-    load_ema(parts, folder / "generator")
+    load_ema(parts, folder / f"generator_{len(GENERATOR_PLANS)}")
     vae = load_ema(new_vae(), folder / "vae")
     scale = float(training_latents(folder)["scale"])
     vae.register_to_config(scaling_factor=scale)
