@@ -1,6 +1,6 @@
 """A Stable Diffusion pipeline small enough to run in milliseconds: real classes, random weights.
 
-Its UNet has SD-v1.5's topology, and so its layers by the same names, at widths of 8 to 16.
+Its UNet has SD-v1.5's topology, and so its layers by the same names, at widths of 8 to 32.
 """
 
 import string
@@ -21,7 +21,7 @@ WIDTH = 16  # of the text encoder
 
 UNET = sd15_unet_config() | {
     "sample_size": 8,
-    "block_out_channels": (8, 16, 16, 16),
+    "block_out_channels": (8, 16, 32, 32),
     "norm_num_groups": 4,
     "cross_attention_dim": WIDTH,
     "attention_head_dim": 2,
@@ -29,7 +29,7 @@ UNET = sd15_unet_config() | {
 
 
 def toy_unet(seed: int = 0) -> UNet2DConditionModel:
-    """A UNet of 0.1 M parameters for latents of shape (4, 8, 8)."""
+    """A UNet of 0.6 M parameters for latents of shape (4, 8, 8)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DConditionModel.from_config(UNET).eval()

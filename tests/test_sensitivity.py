@@ -1,0 +1,191 @@
+"""The sweep: candidates, restoring, rows that survive a kill and do not mix."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toys import toy_unet
+
+from bf_lib.grids import alternating_scale, fake_quantize
+from bf_lib.layers import get_layer, list_layers
+from bf_lib.models import load_pipeline
+from bf_lib.paths import ROOT
+from bf_lib.protocol import study_layers, study_prompts
+from bf_lib.sampling import Sampler
+from bf_lib.sensitivity import Sweep, candidates, per_prompt, quantized, run_sweep, table
+from bf_lib.study import Study
+
+LAYERS = ("down_blocks.0.attentions.0.proj_in", "mid_block.resnets.0.conv1")
+SWEEP = Sweep(
+    model="mini",
+    prompts=("a red star", "two blue rings"),
+    seeds=(0, 1),
+    sampler=Sampler(steps=2, guidance=3.0, batch=2),
+    bits=(1, 2),
+    layers=LAYERS,
+)
+
+
+def by_candidate(rows):
+    return {(row["layer"], row["bits"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The sweep by one process, uninterrupted."""
+    return list(run_sweep(SWEEP, tmp_path_factory.mktemp("one") / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("levels", [3, 9])
+def test_one_layer_is_quantized_and_put_back_bit_for_bit(levels):
+    unet = toy_unet()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    name = "up_blocks.1.resnets.0.conv1"
+    with quantized(unet, name, levels) as error:
+        now = unet.state_dict()
+        changed = [key for key in before if not torch.equal(before[key], now[key])]
+        assert changed == [f"{name}.weight"]
+        weight = before[f"{name}.weight"]
+        wanted = fake_quantize(weight, alternating_scale(weight, levels), levels)
+        assert torch.equal(get_layer(unet, name).weight, wanted)
+        ratio = (wanted - weight).square().sum() / weight.square().sum()
+        assert error == pytest.approx(float(ratio), rel=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in unet.state_dict().items())
+
+
+def test_a_layer_is_put_back_after_an_error():
+    unet = toy_unet()
+    name = "conv_in"
+    before = unet.conv_in.weight.clone()
+    with pytest.raises(RuntimeError, match="inside"), quantized(unet, name, 3):
+        raise RuntimeError("inside")
+    assert torch.equal(unet.conv_in.weight, before)
+
+
+def test_candidates_are_all_layers_at_all_bits():
+    layers = list_layers(toy_unet())
+    assert len(set(candidates(layers, (1, 2, 3)))) == 768
+
+
+def test_rows_are_complete_and_compare_with_full_precision(rows):
+    found = by_candidate(rows)
+    assert set(found) == {(None, None)} | {(name, b) for name in LAYERS for b in (1, 2)}
+    reference = found[None, None]
+    assert reference["mse"] == [0, 0]
+    assert reference["lpips"] == [0, 0]
+    assert np.isfinite(reference["psnr"]).all()  # identical images count as one value off by one
+    for name in LAYERS:
+        worse, better = found[name, 1], found[name, 2]
+        assert worse["weight_mse"] > better["weight_mse"] > 0
+        assert np.mean(worse["mse"]) > np.mean(better["mse"]) > 0
+        for mse, psnr in zip(worse["mse"], worse["psnr"], strict=True):
+            assert psnr == pytest.approx(10 * np.log10(255**2 / mse))
+
+
+def test_the_table_averages_over_prompts(rows):
+    layers = [x for x in list_layers(load_pipeline("mini").unet) if x.name in LAYERS]
+    frame = table(rows, layers)
+    found = by_candidate(rows)
+    assert frame[["layer", "bits"]].to_numpy().tolist() == [[n, b] for n in LAYERS for b in (1, 2)]
+    first = found[LAYERS[0], 1]
+    assert frame.mse[0] == pytest.approx(np.mean(first["mse"]))
+    drop = np.mean(found[None, None]["clip"]) - np.mean(first["clip"])
+    assert frame.clip_drop[0] == pytest.approx(drop)
+    tensors = per_prompt(rows, frame)
+    assert tensors["mse"].shape == (4, 2)
+    torch.testing.assert_close(tensors["clip"][0], torch.tensor(first["clip"]))
+
+
+def test_any_number_of_processes_gives_the_same_rows(rows, tmp_path):
+    both = list(run_sweep(SWEEP, tmp_path / "rows.jsonl", workers=2))
+    assert by_candidate(both) == by_candidate(rows)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_sensitivity import SWEEP
+from bf_lib.sensitivity import run_sweep
+if __name__ == "__main__":
+    for row in run_sweep(SWEEP, Path({path!r})):
+        pass
+"""
+
+
+def test_a_killed_sweep_goes_on_with_the_same_result(rows, tmp_path):
+    path, script = tmp_path / "rows.jsonl", tmp_path / "sweep.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(path)))
+    running = subprocess.Popen([sys.executable, str(script)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < 3:
+        assert running.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    kept = path.read_text().split("\n")[:-1][1:]
+    assert len(kept) < len(rows), "it was killed too late to show anything"
+    path.write_text(path.read_text() + '{"layer": "half a li')  # as a kill may leave it
+    resumed = list(run_sweep(SWEEP, path))
+    assert [json.loads(line) for line in kept] == resumed[: len(kept)]
+    assert by_candidate(resumed) == by_candidate(rows)
+    assert len(path.read_text().split("\n")[:-1]) == 1 + len(rows)
+
+
+def test_rows_of_other_settings_are_not_mixed_in(rows, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    small = replace(SWEEP, layers=LAYERS[:1], bits=(1,))
+    first = list(run_sweep(small, path))
+    header = path.read_text().split("\n")[0]
+    other = list(run_sweep(replace(small, seeds=(5, 6)), path))
+    assert by_candidate(other)[LAYERS[0], 1] != by_candidate(first)[LAYERS[0], 1]
+    assert path.read_text().split("\n")[0] != header
+    assert len(path.read_text().split("\n")[:-1]) == 1 + len(other)
+
+
+def test_the_header_knows_model_code_and_versions(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    list(run_sweep(replace(SWEEP, layers=(), bits=(1,)), path))
+    header = json.loads(path.read_text().split("\n")[0])
+    assert set(header) == {"sweep", "weights", "code", "versions"}
+    # A header of other code: the row is computed again, not read.
+    lines = path.read_text().split("\n")
+    lines[1] = json.dumps(json.loads(lines[1]) | {"weight_mse": 99.0})
+    path.write_text("\n".join([json.dumps(header | {"code": "sha256:0"}), *lines[1:]]))
+    (row,) = run_sweep(replace(SWEEP, layers=(), bits=(1,)), path)
+    assert row["weight_mse"] == 0.0
+
+
+def test_prompts_and_seeds_must_pair_up():
+    with pytest.raises(ValueError, match="2 prompts with 1 seeds"):
+        replace(SWEEP, seeds=(0,))
+
+
+def test_a_study_takes_layers_spread_over_the_unet():
+    layers = list_layers(toy_unet())
+    few = study_layers(Study.of("smoke"), layers)
+    assert len(few) == 6
+    assert len({layer.role for layer in few}) == 6
+    assert few[0].depth < 60 < 200 < few[-1].depth
+    assert study_layers(Study.of("mini"), layers) == layers
+
+
+def test_prompts_of_a_study():
+    study = Study.of("mini")
+    prompts = study_prompts(study, 0)
+    assert len(prompts) == 32
+    assert prompts == study_prompts(study, 0)
+    assert prompts != study_prompts(study, 1)
+    assert study_prompts(Study.of("smoke"), 0) == prompts[:2]
+    parti = study_prompts(Study.of("sd15"), 0)
+    assert len(set(parti)) == 100
+    with pytest.raises(ValueError, match="there are 100 PartiPrompts, not 101"):
+        study_prompts(Study.of("sd15", prompts=101), 0)
