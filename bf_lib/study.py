@@ -19,7 +19,7 @@ class Study:
     """The sizes of one run of the study."""
 
     preset: str
-    model: str  # folder relative to the repository, or hub id
+    model: str  # name in models.MODELS, folder or hub id
     resolution: int  # pixels along each side of an image
     prompts: int  # prompts of the sweep, each with one fixed seed
     steps: int  # sampler steps
@@ -81,7 +81,7 @@ def _require_count(name: str, value: object) -> None:
 
 
 _MINI = {
-    "model": "data/mini",
+    "model": "mini",
     "resolution": 64,
     "prompts": 32,
     "steps": 8,
@@ -94,7 +94,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "smoke": _MINI | {"prompts": 2, "steps": 2, "batch": 2, "layers": 6, "workers": 1},
     "mini": _MINI,
     "sd15": {
-        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "model": "sd15",
         "resolution": 512,
         "prompts": 100,  # App. B
         "steps": 50,  # the paper's default sampler; App. B does not say
