@@ -3,11 +3,11 @@
 Latent diffusion (Rombach et al. 2022, https://arxiv.org/abs/2112.10752) in three steps: an
 autoencoder to 4x16x16 latents, the latents of all scenes computed once, and a UNet with SD-v1.5's
 topology trained together with its text encoder on the noise-prediction loss (Ho et al. 2020),
-weighted by min-SNR-5 (Hang et al. 2023, https://arxiv.org/abs/2303.09556).
+weighted by min-SNR-5 (Hang et al. 2023, https://arxiv.org/abs/2303.09556) with a floor.
 """
 
 __all__ = [
-    "GENERATOR_PLANS",
+    "GENERATOR_PLAN",
     "VAE_PLAN",
     "GeneratorTask",
     "VaeTask",
@@ -18,7 +18,6 @@ __all__ = [
     "new_vae",
     "to_float",
     "tokenize",
-    "train_generator",
     "trained_pipeline",
     "training_images",
     "training_latents",
@@ -26,7 +25,6 @@ __all__ = [
 ]
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +45,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bf_lib.drawing import draw
 from bf_lib.scenes import Scene, caption, sample_scene
-from bf_lib.training import Plan, fit, load_ema
+from bf_lib.training import Plan, load_ema
 
 SCENES = 60_000  # training scenes
 CAPTIONS = 4  # phrasings of each
@@ -55,7 +53,7 @@ ENCODED = 1000  # scenes encoded in one go
 TOKENS = 24  # length of a tokenized caption; the longest has 21 with its two markers
 TEXT_WIDTH = 96  # an eighth of CLIP ViT-L's 768
 DROP = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-SNR_CAP = 5.0  # min-SNR weighting
+SNR_RANGE = (0.5, 5.0)  # least and largest weight of the error of the clean latents
 SCHEDULE = {  # SD-v1.5's
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -64,11 +62,7 @@ SCHEDULE = {  # SD-v1.5's
 }
 
 VAE_PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
-# In two rounds: the second starts from the averaged weights of the first.
-GENERATOR_PLANS = (
-    Plan(steps=5000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999),
-    Plan(steps=9000, batch=64, lr=8e-4, warmup=200, decay=0.7, ema=0.999, seed=1),
-)
+GENERATOR_PLAN = Plan(steps=10_000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999)
 
 
 def new_vae() -> AutoencoderKL:
@@ -230,14 +224,6 @@ def _encode(folder: Path, start: int) -> np.ndarray:
     return torch.cat(moments).half().numpy()
 
 
-def train_generator(folder: Path) -> None:
-    """Trains the UNet and the text encoder on the latents in `folder`, round by round."""
-    before = None
-    for number, plan in enumerate(GENERATOR_PLANS, start=1):
-        fit(partial(GeneratorTask, folder), plan, folder / f"generator_{number}", start=before)
-        before = folder / f"generator_{number}"
-
-
 class GeneratorTask:
     """Noise prediction by the UNet from a caption read by the text encoder (Eq. 2)."""
 
@@ -271,15 +257,17 @@ class GeneratorTask:
             context = self.model["text_encoder"](tokens).last_hidden_state
             predicted = self.model["unet"](noisy, t, context).sample.float()
         error = (predicted - noise).pow(2).mean(dim=(1, 2, 3))
+        # An error of the noise is snr times that of the clean latents. Min-SNR caps this weight
+        # where there is little noise; the floor is for the other end, where layout is decided.
         snr = (alpha / (1 - alpha)).flatten()
-        return {"loss": (error * (SNR_CAP / snr).clamp(max=1)).mean(), "mse": error.mean()}
+        return {"loss": (error * snr.clamp(*SNR_RANGE) / snr).mean(), "mse": error.mean()}
 
 
 def trained_pipeline(folder: Path) -> StableDiffusionPipeline:
     """Puts the trained parts in `folder` together, in single precision."""
     tokenizer = new_tokenizer()
     parts = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
-    load_ema(parts, folder / f"generator_{len(GENERATOR_PLANS)}")
+    load_ema(parts, folder / "generator")
     vae = load_ema(new_vae(), folder / "vae")
     scale = float(training_latents(folder)["scale"])
     vae.register_to_config(scaling_factor=scale)

@@ -250,7 +250,7 @@ def caption(scene: Scene, rng: np.random.Generator, complete: bool = False) -> s
         rng: Chooses the phrasing.
         complete: Whether to name every attribute, instead of leaving some out at random.
     """
-    colour = complete or bool(rng.random() < 0.8)
+    colour = complete or bool(rng.random() < 0.65)
     first = scene.things[0]
     if scene.kind == "single":
         text = _noun(first, colour, size=complete or bool(rng.random() < 0.7))

@@ -69,7 +69,6 @@ def fit(
     folder: Path,
     processes: int = 2,
     threads: int = 1,
-    start: Path | None = None,
 ) -> None:
     """Trains, from the last checkpoint in `folder` when there is one of the same plan.
 
@@ -79,7 +78,6 @@ def fit(
         folder: Where `checkpoint.safetensors` and `log.csv` are kept.
         processes: How many processes share each batch; `plan.batch` must be a multiple.
         threads: Threads of each process.
-        start: The folder of a finished training whose averaged weights to begin with.
     """
     if plan.batch % processes:
         raise ValueError(f"a batch of {plan.batch} cannot be shared by {processes} processes")
@@ -89,7 +87,7 @@ def fit(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (processes, port, threads, make, plan, folder, start)
+    arguments = (processes, port, threads, make, plan, folder)
     mp.spawn(_worker, arguments, nprocs=processes)
 
 
@@ -128,7 +126,6 @@ def _worker(
     make: Callable[[], Task],
     plan: Plan,
     folder: Path,
-    start: Path | None,
 ) -> None:
     torch.set_num_threads(threads)
     dist.init_process_group(
@@ -136,8 +133,6 @@ def _worker(
     )
     torch.manual_seed(plan.seed)  # the same initial weights in each process
     task = make()
-    if start is not None:
-        load_ema(task.model, start)
     names, params = zip(*task.model.named_parameters(), strict=True)
     ema = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(
