@@ -96,9 +96,7 @@ def test_one_alternating_step_is_equation_5():
     torch.testing.assert_close(alternating_scale(weight, 5, steps=1).squeeze(), step)
 
 
-@pytest.mark.parametrize(
-    ("levels", "known"), [(3, 0.190), (5, 0.082), (9, 0.0304), (17, 0.0101)]
-)
+@pytest.mark.parametrize(("levels", "known"), [(3, 0.190), (5, 0.082), (9, 0.0304), (17, 0.0101)])
 def test_gaussian_errors_are_the_published_ones(levels, known):
     weight = torch.randn(400, 1280, generator=torch.Generator().manual_seed(0))
     error = relative_mse(weight, fake_quantize(weight, optimal_scale(weight, levels), levels))

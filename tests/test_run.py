@@ -53,7 +53,7 @@ CALL = {"caption": "Two points.", "tables": {"rows": "03_toy/rows"}}
 def test_start_says_what_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BF_HEADLESS", "1")
     headless = Run.start("03_toy", "mini", 7, root=tmp_path, steps=4).banner()
-    said = ("preset **mini**", "model `data/mini`", "device", "1 thread", "seed 7", "steps = 4")
+    said = ("preset **mini**", "model `mini`", "device", "1 thread", "seed 7", "steps = 4")
     assert all(part in headless for part in said)
     assert "commit" not in headless  # or each commit would change every rendered notebook
     monkeypatch.delenv("BF_HEADLESS")
