@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bf_lib.drawing import draw
+from bf_lib.models import mini_unet_config
 from bf_lib.scenes import Scene, caption, sample_scene
 from bf_lib.training import Plan, load_ema
 
@@ -176,18 +177,8 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Builds the untrained UNet: SD-v1.5's topology at one eighth of its widths.
-
-    It has 2 attention heads instead of 8, so that a head keeps 20 to 80 channels. Nothing else
-    differs from SD-v1.5; diffusers calls the number of heads `attention_head_dim` here.
-    """
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(40, 80, 160, 160),
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    """Builds the untrained UNet: SD-v1.5's topology at one eighth of its widths."""
+    return UNet2DConditionModel(**mini_unet_config())
 
 
 def training_latents(folder: Path, processes: int = 2) -> dict[str, Tensor]:
