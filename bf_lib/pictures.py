@@ -28,8 +28,9 @@ def captioned(images: Array, captions: Sequence[str], columns: int = 8) -> Figur
 def image_rows(rows: Mapping[str, Array], below: Sequence[str] = ()) -> Figure:
     """Rows of images (n, h, w, 3), each with its name at the left, and captions below the last."""
     columns = max(map(len, rows.values()))
-    side = (WIDTH - 1.3) / columns
-    figure = plt.figure(figsize=(WIDTH, side * len(rows) + (0.7 if below else 0.1)))
+    side = min(0.9, (WIDTH - 1.3) / columns)  # inches, of an image
+    height = side * len(rows) + (0.7 if below else 0.1)
+    figure = plt.figure(figsize=(1.3 + side * columns, height))
     axes = draw_rows(figure, rows)
     for axis, text in zip(axes[-1], below, strict=False):
         axis.set_xlabel(textwrap.fill(text, 15), fontsize=5.5)
