@@ -24,7 +24,11 @@ __all__ = [
     "training_scene",
 ]
 
+import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +67,7 @@ SCHEDULE = {  # SD-v1.5's
 }
 
 VAE_PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
-GENERATOR_PLAN = Plan(steps=10_000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999)
+GENERATOR_PLAN = Plan(steps=8000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999)
 
 
 def new_vae() -> AutoencoderKL:
@@ -91,15 +95,31 @@ def _draw_training_scene(index: int) -> np.ndarray:
 
 
 def training_images(folder: Path, count: int = SCENES, processes: int = 2) -> np.ndarray:
-    """Draws the training scenes once, as uint8 with shape (count, 64, 64, 3), mapped from disk."""
-    path = folder / "images.npy"
+    """Draws the training scenes once, as uint8 with shape (count, 64, 64, 3), mapped from disk.
+
+    The file is named after its first images, so that other scenes are drawn anew.
+    """
+    first = np.stack([_draw_training_scene(i) for i in range(min(count, 16))])
+    path = folder / f"images-{count}-{_digest(first.tobytes())}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
             images = np.stack(pool.map(_draw_training_scene, range(count), chunksize=500))
-        np.save(folder / "new.npy", images)
-        (folder / "new.npy").rename(path)
+        with _new_file(path) as new:
+            np.save(new, images)
     return np.load(path, mmap_mode="r")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """Gives a name to write under, and renames it: two processes at once do no harm."""
+    new = path.with_stem(f"{path.stem}-{os.getpid()}")
+    yield new
+    new.rename(path)
 
 
 def to_float(images: np.ndarray) -> Tensor:
@@ -184,13 +204,18 @@ def new_unet() -> UNet2DConditionModel:
 def training_latents(folder: Path, processes: int = 2) -> dict[str, Tensor]:
     """Encodes the training scenes once, with the trained autoencoder of `folder`/vae.
 
+    The file is named after the autoencoder and the captions: others are encoded anew.
+
     Returns:
         moments: Mean and log-variance of each scene's latents in half precision, with shape
             (n, 8, 16, 16).
         tokens: The captions of each scene, with shape (n, captions, 24).
         scale: What makes the latents of unit variance.
     """
-    path = folder / "latents.safetensors"
+    vae = load_ema(new_vae(), folder / "vae")
+    weights = b"".join(p.detach().numpy().tobytes() for p in vae.parameters())
+    words = repr([training_scene(i)[1] for i in range(200)]).encode()
+    path = folder / f"latents-{_digest(weights + words)}.safetensors"
     if not path.exists():
         starts = range(0, SCENES, ENCODED)
         with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -200,8 +225,8 @@ def training_latents(folder: Path, processes: int = 2) -> dict[str, Tensor]:
         tokens = tokenize(new_tokenizer(), texts).short().view(SCENES, CAPTIONS, TOKENS)
         scale = 1 / moments[:, :4].float().std()
         tensors = {"moments": moments, "tokens": tokens, "scale": scale[None]}
-        save_file(tensors, folder / "new.safetensors")
-        (folder / "new.safetensors").rename(path)
+        with _new_file(path) as new:
+            save_file(tensors, new)
     return load_file(path)
 
 

@@ -70,7 +70,10 @@ def fit(
     processes: int = 2,
     threads: int = 1,
 ) -> None:
-    """Trains, from the last checkpoint in `folder` when there is one of the same plan.
+    """Trains, from the last checkpoint in `folder` when there is one of the same plan and task.
+
+    The task is recognised by its losses before any training, so that a changed model, loss or
+    caption starts over.
 
     Arguments:
         make: Builds the task; called once in each process, so it must be picklable.
@@ -82,19 +85,11 @@ def fit(
     if plan.batch % processes:
         raise ValueError(f"a batch of {plan.batch} cannot be shared by {processes} processes")
     folder.mkdir(parents=True, exist_ok=True)
-    if finished(plan, folder):
-        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (processes, port, threads, make, plan, folder)
     mp.spawn(_worker, arguments, nprocs=processes)
-
-
-def finished(plan: Plan, folder: Path) -> bool:
-    """Tells whether a training of this plan has ended in `folder`."""
-    path = folder / "checkpoint.safetensors"
-    return path.exists() and _read(path)[1] == {"plan": asdict(plan), "step": plan.steps}
 
 
 def load_ema(model: nn.Module, folder: Path) -> nn.Module:
@@ -133,14 +128,15 @@ def _worker(
     )
     torch.manual_seed(plan.seed)  # the same initial weights in each process
     task = make()
+    task.model.train()
+    state = {"plan": asdict(plan), "untrained": _losses(task, plan.seed)}
     names, params = zip(*task.model.named_parameters(), strict=True)
     ema = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(
         params, plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
     )
-    first = _restore(folder, plan, names, params, ema, optimizer)
+    first = _restore(folder, state, names, params, ema, optimizer)
     log = _Log(folder / "log.csv", first) if rank == 0 else None
-    task.model.train()
     steps = range(first, plan.steps)
     for step in progress(steps, desc=f"train {folder.name}") if rank == 0 else steps:
         for group in optimizer.param_groups:
@@ -159,9 +155,16 @@ def _worker(
         if log:
             log.add(step, plan.rate(step), scalars)
             if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
-                _save(folder, plan, step + 1, names, params, ema, optimizer)
+                _save(folder, state, step + 1, names, params, ema, optimizer)
     dist.barrier()
     dist.destroy_process_group()
+
+
+@torch.no_grad()
+def _losses(task: Task, seed: int) -> dict[str, float]:
+    """Returns the losses of a small batch, the same in each process."""
+    scalars = task.loss(0, 8, torch.Generator().manual_seed(seed))
+    return {name: float(value) for name, value in scalars.items()}
 
 
 def _average_gradients(params: tuple[nn.Parameter, ...], world: int) -> None:
@@ -178,7 +181,7 @@ def _average_gradients(params: tuple[nn.Parameter, ...], world: int) -> None:
 
 def _save(
     folder: Path,
-    plan: Plan,
+    state: dict,
     step: int,
     names: tuple[str, ...],
     params: tuple[nn.Parameter, ...],
@@ -187,14 +190,14 @@ def _save(
 ) -> None:
     tensors = {}
     for name, param, average in zip(names, params, ema, strict=True):
-        state = optimizer.state[param]
+        moments = optimizer.state[param]
         tensors |= {
             f"now/{name}": param.detach(),
             f"ema/{name}": average,
-            f"mean/{name}": state["exp_avg"],
-            f"square/{name}": state["exp_avg_sq"],
+            f"mean/{name}": moments["exp_avg"],
+            f"square/{name}": moments["exp_avg_sq"],
         }
-    meta = {"state": json.dumps({"plan": asdict(plan), "step": step})}
+    meta = {"state": json.dumps(state | {"step": step})}
     # Written beside and renamed: a kill leaves the old checkpoint or the new one.
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "new.safetensors", meta)
     (folder / "new.safetensors").rename(folder / "checkpoint.safetensors")
@@ -202,20 +205,20 @@ def _save(
 
 def _restore(
     folder: Path,
-    plan: Plan,
+    state: dict,
     names: tuple[str, ...],
     params: tuple[nn.Parameter, ...],
     ema: list[Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Loads the checkpoint; returns the next step, 0 where there is none of this plan."""
+    """Loads the checkpoint; returns the next step, 0 where there is none of this state."""
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
-    tensors, state = _read(path)
-    if state["plan"] != asdict(plan):
+    tensors, saved = _read(path)
+    step = saved.pop("step")
+    if saved != state:
         return 0
-    step = state["step"]
     with torch.no_grad():
         for name, param, average in zip(names, params, ema, strict=True):
             param.copy_(tensors[f"now/{name}"])
