@@ -15,7 +15,7 @@ READY := $(ENV)/.installed
 endif
 
 B     := build/$(PRESET)
-LIB   := $(sort $(wildcard bf_lib/*.py bf_lib/*.mplstyle))
+LIB   := $(sort $(wildcard bf_lib/*.py bf_lib/*/*.py bf_lib/*.mplstyle))
 DATA  := $(sort $(wildcard data/*.csv data/prompts/* data/mini/*.json data/mini/*/*))
 
 # Notebooks from 90 up make what the study starts from, so `make reproduce` leaves them out.

@@ -1,73 +1,20 @@
-"""Trains `mini`: a small latent diffusion model of procedurally drawn scenes.
+"""The parts of `mini`, the embedded model, untrained: Stable Diffusion v1.5 at an eighth.
 
-Latent diffusion (Rombach et al. 2022, https://arxiv.org/abs/2112.10752) in three steps: an
-autoencoder to 4x16x16 latents, the latents of all scenes computed once, and a UNet with SD-v1.5's
-topology trained together with its text encoder on the noise-prediction loss (Ho et al. 2020),
-weighted by min-SNR-5 (Hang et al. 2023, https://arxiv.org/abs/2303.09556) with a floor.
+`bf_lib.train_mini` trains them; `bf_lib.models.load_pipeline("mini")` loads the result.
 """
 
-__all__ = [
-    "GENERATOR_PLAN",
-    "VAE_PLAN",
-    "GeneratorTask",
-    "VaeTask",
-    "export",
-    "new_text_encoder",
-    "new_tokenizer",
-    "new_unet",
-    "new_vae",
-    "to_float",
-    "tokenize",
-    "trained_pipeline",
-    "training_images",
-    "training_latents",
-    "training_scene",
-]
-
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+__all__ = ["TOKENS", "new_text_encoder", "new_unet", "new_vae", "to_float", "tokenize"]
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bf_lib.drawing import draw
 from bf_lib.models import mini_unet_config
-from bf_lib.scenes import Scene, caption, sample_scene
-from bf_lib.training import Plan, load_ema
 
-SCENES = 60_000  # training scenes
-CAPTIONS = 4  # phrasings of each
-ENCODED = 1000  # scenes encoded in one go
 TOKENS = 24  # length of a tokenized caption; the longest has 21 with its two markers
 TEXT_WIDTH = 96  # an eighth of CLIP ViT-L's 768
-DROP = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-SNR_RANGE = (0.5, 5.0)  # least and largest weight of the error of the clean latents
-SCHEDULE = {  # SD-v1.5's
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
-
-VAE_PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
-GENERATOR_PLAN = Plan(steps=8000, batch=64, lr=1.2e-3, warmup=200, decay=0.5, ema=0.999)
 
 
 def new_vae() -> AutoencoderKL:
@@ -81,94 +28,6 @@ def new_vae() -> AutoencoderKL:
         norm_num_groups=8,
         mid_block_add_attention=False,
     )
-
-
-def training_scene(index: int) -> tuple[Scene, list[str]]:
-    """Returns a training scene and its captions; the index is the seed."""
-    rng = np.random.default_rng((1, index))
-    scene = sample_scene(rng)
-    return scene, [caption(scene, rng) for _ in range(CAPTIONS)]
-
-
-def _draw_training_scene(index: int) -> np.ndarray:
-    return draw(training_scene(index)[0])
-
-
-def training_images(folder: Path, count: int = SCENES, processes: int = 2) -> np.ndarray:
-    """Draws the training scenes once, as uint8 with shape (count, 64, 64, 3), mapped from disk.
-
-    The file is named after its first images, so that other scenes are drawn anew.
-    """
-    first = np.stack([_draw_training_scene(i) for i in range(min(count, 16))])
-    path = folder / f"images-{count}-{_digest(first.tobytes())}.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
-            images = np.stack(pool.map(_draw_training_scene, range(count), chunksize=500))
-        with _new_file(path) as new:
-            np.save(new, images)
-    return np.load(path, mmap_mode="r")
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """Gives a name to write under, and renames it: two processes at once do no harm."""
-    new = path.with_stem(f"{path.stem}-{os.getpid()}")
-    yield new
-    new.rename(path)
-
-
-def to_float(images: np.ndarray) -> Tensor:
-    """Turns uint8 images (n, h, w, 3) into floats in [-1, 1] with shape (n, 3, h, w)."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class VaeTask:
-    """Squared error of the reconstruction, with a weak pull of the latents to the unit normal."""
-
-    def __init__(self, folder: Path) -> None:
-        self.images = training_images(folder)
-        self.model = new_vae()
-
-    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(len(self.images), (size,), generator=generator)
-        x = to_float(self.images[np.sort(chosen.numpy())])
-        with torch.autocast("cpu", torch.bfloat16):
-            moments = self.model.quant_conv(self.model.encoder(x))
-            mean, logvar = moments.float().chunk(2, dim=1)
-            logvar = logvar.clamp(-20, 10)
-            noise = torch.randn(mean.shape, generator=generator)
-            y = self.model.decode(mean + noise * torch.exp(0.5 * logvar)).sample.float()
-        mse = F.mse_loss(y, x)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return {"loss": mse + 0.1 * F.l1_loss(y, x) + 5e-5 * kl, "mse": mse, "kl": kl}
-
-
-def new_tokenizer() -> CLIPTokenizer:
-    """Builds a CLIP tokenizer in which each word of the captions is one token.
-
-    The merges are learnt from the captions until every word is whole; other words fall apart into
-    letters, as they do for CLIP. The two markers come last, so that the end of the text is the
-    largest id, as CLIP's pooling expects.
-    """
-    words = {word for i in range(4000) for text in training_scene(i)[1] for word in text.split()}
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    bpe.train_from_iterator([*sorted(words), *letters], trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    pieces = sorted(set(learnt["vocab"]) | {letter + "</w>" for letter in letters})
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = [tuple(merge) for merge in learnt["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
@@ -201,106 +60,6 @@ def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(**mini_unet_config())
 
 
-def training_latents(folder: Path, processes: int = 2) -> dict[str, Tensor]:
-    """Encodes the training scenes once, with the trained autoencoder of `folder`/vae.
-
-    The file is named after the autoencoder and the captions: others are encoded anew.
-
-    Returns:
-        moments: Mean and log-variance of each scene's latents in half precision, with shape
-            (n, 8, 16, 16).
-        tokens: The captions of each scene, with shape (n, captions, 24).
-        scale: What makes the latents of unit variance.
-    """
-    vae = load_ema(new_vae(), folder / "vae")
-    weights = b"".join(p.detach().numpy().tobytes() for p in vae.parameters())
-    words = repr([training_scene(i)[1] for i in range(200)]).encode()
-    path = folder / f"latents-{_digest(weights + words)}.safetensors"
-    if not path.exists():
-        starts = range(0, SCENES, ENCODED)
-        with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
-            parts = pool.starmap(_encode, [(folder, start) for start in starts], chunksize=1)
-        moments = torch.from_numpy(np.concatenate(parts))
-        texts = [text for i in range(SCENES) for text in training_scene(i)[1]]
-        tokens = tokenize(new_tokenizer(), texts).short().view(SCENES, CAPTIONS, TOKENS)
-        scale = 1 / moments[:, :4].float().std()
-        tensors = {"moments": moments, "tokens": tokens, "scale": scale[None]}
-        with _new_file(path) as new:
-            save_file(tensors, new)
-    return load_file(path)
-
-
-@torch.inference_mode()
-def _encode(folder: Path, start: int) -> np.ndarray:
-    torch.set_num_threads(1)
-    vae = load_ema(new_vae(), folder / "vae").eval()
-    images = training_images(folder)[start : start + ENCODED]
-    with torch.autocast("cpu", torch.bfloat16):
-        moments = [vae.quant_conv(vae.encoder(x)) for x in to_float(images).split(50)]
-    return torch.cat(moments).half().numpy()
-
-
-class GeneratorTask:
-    """Noise prediction by the UNet from a caption read by the text encoder (Eq. 2)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data = training_latents(folder)
-        tokenizer = new_tokenizer()
-        self.empty = tokenize(tokenizer, [""])
-        unet = new_unet()
-        # In bfloat16 on CPU the backward pass of fused attention is several times slower than
-        # that of plain matrix products.
-        unet.set_attn_processor(AttnProcessor())
-        self.model = nn.ModuleDict({"unet": unet, "text_encoder": new_text_encoder(tokenizer)})
-        self.alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
-
-    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(len(self.data["moments"]), (size,), generator=generator)
-        mean, logvar = self.data["moments"][chosen].float().chunk(2, dim=1)
-        z = mean + torch.randn(mean.shape, generator=generator) * torch.exp(0.5 * logvar)
-        z = z * self.data["scale"]
-        phrasing = torch.randint(CAPTIONS, (size,), generator=generator)
-        tokens = self.data["tokens"][chosen, phrasing].long()
-        dropped = torch.rand(size, generator=generator) < DROP
-        tokens = torch.where(dropped[:, None], self.empty, tokens)
-        # One time-step from each of `size` equal stretches, which lowers the variance of the loss.
-        t = (torch.arange(size) + torch.rand(size, generator=generator)) * (1000 / size)
-        t = t.long()
-        noise = torch.randn(z.shape, generator=generator)
-        alpha = self.alphas[t].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
-            context = self.model["text_encoder"](tokens).last_hidden_state
-            predicted = self.model["unet"](noisy, t, context).sample.float()
-        error = (predicted - noise).pow(2).mean(dim=(1, 2, 3))
-        # An error of the noise is snr times that of the clean latents. Min-SNR caps this weight
-        # where there is little noise; the floor is for the other end, where layout is decided.
-        snr = (alpha / (1 - alpha)).flatten()
-        return {"loss": (error * snr.clamp(*SNR_RANGE) / snr).mean(), "mse": error.mean()}
-
-
-def trained_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """Puts the trained parts in `folder` together, in single precision."""
-    tokenizer = new_tokenizer()
-    parts = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
-    load_ema(parts, folder / "generator")
-    vae = load_ema(new_vae(), folder / "vae")
-    scale = float(training_latents(folder)["scale"])
-    vae.register_to_config(scaling_factor=scale)
-    # As SD-v1.5's own DPM-Solver++ configuration has them.
-    scheduler = DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1)
-    return StableDiffusionPipeline(
-        vae.eval(),
-        parts["text_encoder"].eval(),
-        tokenizer,
-        parts["unet"].eval(),
-        scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def export(folder: Path, target: Path) -> None:
-    """Writes the trained pipeline in half precision to `target`, in diffusers folder layout."""
-    trained_pipeline(folder).to(torch.float16).save_pretrained(target, safe_serialization=True)
+def to_float(images: np.ndarray) -> Tensor:
+    """Turns uint8 images (n, h, w, 3) into floats in [-1, 1] with shape (n, 3, h, w)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

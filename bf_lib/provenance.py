@@ -30,8 +30,9 @@ def sha256(data: bytes) -> str:
 
 def library_digest(files: Iterable[Path] | None = None) -> str:
     """Returns a digest of source files, by default all of `bf_lib`."""
-    paths = sorted((ROOT / "bf_lib").glob("*.py") if files is None else files)
-    return sha256(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in paths))
+    paths = sorted((ROOT / "bf_lib").rglob("*.py") if files is None else files)
+    named = [(path.relative_to(ROOT).as_posix().encode(), path.read_bytes()) for path in paths]
+    return sha256(b"".join(name + b"\0" + code for name, code in named))
 
 
 def imported_files(module: Path) -> list[Path]:
@@ -46,10 +47,13 @@ def imported_files(module: Path) -> list[Path]:
             continue
         found.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [f"{node.module}.py"] if isinstance(node, ast.ImportFrom) else []
-            if names and node.module == "bf_lib":
-                names = [f"bf_lib.{alias.name}.py" for alias in node.names]
-            files = [path.parent / name.removeprefix("bf_lib.") for name in names]
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bf_lib"):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            places = [ROOT / name.replace(".", "/") for name in names]
+            files = [
+                f for place in places for f in (place.with_suffix(".py"), place / "__init__.py")
+            ]
             todo += [file for file in files if file.is_file()]
     return sorted(found)
 

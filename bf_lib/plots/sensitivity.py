@@ -1,0 +1,96 @@
+"""What a sweep of layers found."""
+
+__all__ = ["METRICS", "layer_card", "sensitivity_bars", "sensitivity_by_role"]
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from numpy import ndarray as Array
+
+from bf_lib.pictures import WIDTH, draw_rows
+from bf_lib.plots.families import FAMILIES, family_legend, family_of, mark_blocks, short
+
+METRICS = {
+    "mse": "MSE (0-255 units, squared)",
+    "psnr": "PSNR (dB)",
+    "lpips": "perceptual distance",
+    "clip_drop": "CLIP score drop",
+}
+
+
+def sensitivity_bars(rows: pd.DataFrame, metric: str) -> Figure:
+    """Bars over the layers in order of execution, one row of axes per bit-width (Figs. 2, 9-12).
+
+    Arguments:
+        rows: The table of the sweep.
+        metric: One of `METRICS`.
+    """
+    bits = sorted(rows.bits.unique())
+    size = (WIDTH, 1.35 * len(bits) + 0.9)
+    figure, axes = plt.subplots(len(bits), 1, figsize=size, sharex=True, squeeze=False)
+    for axis, b in zip(axes[:, 0], bits, strict=True):
+        part = rows[rows.bits == b].sort_values("depth")
+        colours = part.role.map(family_of).map(FAMILIES)
+        axis.bar(part.depth, part[metric], color=colours, width=1.0)
+        axis.set_ylabel(f"{b} bit" + ("s" if b > 1 else ""))
+        axis.axhline(0, color="#444444", lw=0.5)
+    mark_blocks(axes[-1, 0], rows)
+    figure.supylabel(METRICS[metric], fontsize=9)
+    axes[-1, 0].set_xlabel("layer, in order of execution")
+    present = set(rows.role.map(family_of))
+    family_legend(
+        figure, [f for f in FAMILIES if f in present], loc="outside upper center", ncols=4
+    )
+    return figure
+
+
+def sensitivity_by_role(rows: pd.DataFrame, bits: int = 1) -> Figure:
+    """Every layer as a dot, by role: MSE and CLIP drop at one bit-width."""
+    part = rows[rows.bits == bits]
+    order = part.groupby("role").mse.median().sort_values(ascending=False).index
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.22 * len(order) + 1.2), sharey=True)
+    for axis, metric in zip(axes, ("mse", "clip_drop"), strict=True):
+        colours = {role: FAMILIES[family_of(role)] for role in order}
+        options = {"order": order, "hue": "role", "palette": colours, "legend": False}
+        sns.stripplot(part, x=metric, y="role", ax=axis, size=3.5, jitter=0.2, **options)
+        middle = part.groupby("role")[metric].median().reindex(order)
+        axis.plot(middle, range(len(order)), "|", color="#222222", ms=11, mew=1.6)
+        axis.set(xlabel=METRICS[metric], ylabel="")
+        axis.grid(axis="x")
+    axes[0].set_xscale("log")
+    return figure
+
+
+def layer_card(
+    layer: str,
+    bits: int,
+    codes: Array,
+    rows: pd.DataFrame,
+    images: Mapping[str, Array],
+) -> Figure:
+    """What one layer does at one bit-width: its images, its weights, its place among all layers.
+
+    Arguments:
+        layer: The layer's name.
+        bits: The paper's b.
+        codes: Its weights over the scale of their channel, before rounding.
+        rows: The table of the sweep.
+        images: Rows of images (n, h, w, 3) by name.
+    """
+    figure = plt.figure(figsize=(WIDTH, 4.6))
+    above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    draw_rows(above, images)
+    left, right = below.subplots(1, 2)
+    left.hist(codes, bins=120, color="#bbbbbb")
+    for level in range(-(2 ** (bits - 1)), 2 ** (bits - 1) + 1):
+        left.axvline(level, color="#0072B2", lw=0.8)
+    left.set(yticks=[], xlabel="weight / scale; lines are the levels", title=short(layer))
+    ranked = rows[rows.bits == bits].sort_values("mse", ignore_index=True)
+    right.plot(ranked.index, ranked.mse, color="#999999")
+    place = ranked.index[ranked.layer == layer]
+    right.plot(place, ranked.mse[place], "o", color="#D55E00", ms=6)
+    right.set(yscale="log", xlabel=f"layers by error at {bits} bit(s)", ylabel="MSE")
+    return figure
