@@ -32,7 +32,7 @@ export PYTHONPATH           := $(CURDIR)
 # The kernel of this environment, and not one of the same name that the user has elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env mini smoke reproduce figures verify render site test lint clean FORCE
+.PHONY: help env mini smoke reproduce figures verify speed render site test lint clean FORCE
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -42,6 +42,7 @@ help:
 	@echo 'make smoke       make reproduce PRESET=smoke: a first look, in minutes'
 	@echo 'make figures     draw the committed figures again from the committed tables'
 	@echo 'make verify      compare what make reproduce got with what is committed'
+	@echo 'make speed       time the sweep beside a bare loop of UNet forwards'
 	@echo 'make render      make reproduce, and put the executed notebooks in notebooks/rendered'
 	@echo 'make site        build/site: the rendered notebooks as web pages'
 	@echo 'make mini        train the embedded model from nothing    (hours)'
@@ -110,6 +111,9 @@ figures: $(READY)
 
 verify: reproduce
 	@$(PY) -m bf_lib.verify $(PRESET)
+
+speed: $(READY)
+	@$(PY) -m bf_lib.speed --preset $(PRESET)
 
 # ---- checks ------------------------------------------------------------------------------------
 

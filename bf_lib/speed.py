@@ -1,0 +1,179 @@
+"""How fast the sweep is, beside a bare loop of UNet forwards in the same processes.
+
+    python -m bf_lib.speed --preset mini --rounds 5
+
+In each round every layout of processes takes its turn, first with the bare loop and then with the
+sweep, so that a machine that slows down slows all of them. A candidate of the sweep is quantizing
+a layer, sampling and decoding all prompts, and comparing the images; a turn of the bare loop is as
+many UNet evaluations in batches of the same size.
+"""
+
+__all__ = ["LAYOUTS", "measure", "summary"]
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+
+import pandas as pd
+import torch
+
+from bf_lib.layers import list_layers
+from bf_lib.models import load_pipeline
+from bf_lib.progress import progress
+from bf_lib.protocol import study_layers, study_prompts
+from bf_lib.sampling import latent_shape, unet_evaluations
+from bf_lib.sensitivity import Bench, Candidate, Sweep, candidates
+from bf_lib.study import PRESETS, Study
+
+LAYOUTS = ((2, 1), (1, 2))  # (processes, threads of each)
+WORK = ("bare loop", "sweep")
+
+
+@torch.inference_mode()
+def _bare_loop(bench: Bench, evaluations: int) -> None:
+    """Runs the UNet alone for at least so many evaluations, in the sweep's batches."""
+    batch = bench.sweep.sampler.batch * (2 if bench.sweep.sampler.guided else 1)
+    unet, dtype, device = bench.pipe.unet, bench.pipe.unet.dtype, bench.pipe.device
+    x = torch.randn(batch, *latent_shape(bench.pipe)).to(device, dtype)
+    text = bench.embeds.prompts[:1].expand(batch, -1, -1)
+    for _ in range(-(-evaluations // batch)):
+        unet(x, 500, encoder_hidden_states=text, return_dict=False)
+
+
+def _serve(sweep: Sweep, evaluations: int, device: str, link: Connection) -> None:
+    """Does what is asked for over the link, until None is."""
+    torch.set_num_threads(sweep.threads)
+    bench = Bench(sweep, device)
+    link.send("ready")
+    while (asked := link.recv()) is not None:
+        if isinstance(asked, Candidate):
+            bench.score(asked)
+        else:
+            _bare_loop(bench, evaluations)
+        link.send("done")
+
+
+@contextmanager
+def _processes(sweep: Sweep, count: int, evaluations: int) -> Iterator[list[Connection]]:
+    context = get_context("spawn")
+    gpus = torch.cuda.device_count()
+    links, started = [], []
+    for number in range(count):
+        ours, theirs = context.Pipe()
+        device = f"cuda:{number % gpus}" if gpus else "cpu"
+        process = context.Process(target=_serve, args=(sweep, evaluations, device, theirs))
+        process.start()
+        theirs.close()  # so that a process that dies is an end of file here
+        links.append(ours)
+        started.append(process)
+    try:
+        for link in links:
+            link.recv()
+        yield links
+        for link in links:
+            link.send(None)
+    finally:
+        for process in started:
+            process.join(timeout=10)
+            process.terminate()
+
+
+def _turn(links: Sequence[Connection], asked: Sequence[object]) -> float:
+    """Returns the seconds until every process has done its part."""
+    since = time.perf_counter()
+    for link, part in zip(links, asked, strict=True):
+        link.send(part)
+    for link in links:
+        link.recv()
+    return time.perf_counter() - since
+
+
+def measure(
+    sweep: Sweep, rounds: int, layouts: Sequence[tuple[int, int]] = LAYOUTS
+) -> pd.DataFrame:
+    """Times both kinds of work in each layout of processes, in turn.
+
+    Arguments:
+        sweep: The sweep; its number of threads is the layout's.
+        rounds: How often each takes its turn, after one that is not counted.
+        layouts: Pairs of processes and threads of each.
+
+    Returns:
+        Columns round, processes, threads, work ("bare loop" or "sweep"), and
+        evaluations_per_second of the UNet, over all processes.
+    """
+    pipe = load_pipeline(sweep.model)
+    layers = [x for x in list_layers(pipe.unet) if sweep.layers is None or x.name in sweep.layers]
+    known = candidates(layers, sweep.bits)
+    evaluations = unet_evaluations(pipe, len(sweep.prompts), sweep.sampler)
+    del pipe
+    rows = []
+    for processes, threads in layouts:
+        if processes < 1 or threads < 1:
+            raise ValueError(f"a layout needs a process and a thread, got {processes, threads}")
+    with _all_processes(sweep, layouts, evaluations) as links:
+        for turn in progress(range(rounds + 1), desc="time the sweep"):
+            for layout in layouts:
+                chosen = [known[(turn * layout[0] + i) % len(known)] for i in range(layout[0])]
+                for work, asked in zip(WORK, (["loop"] * layout[0], chosen), strict=True):
+                    seconds = _turn(links[layout], asked)
+                    if turn > 0:  # the first one warms up
+                        rate = layout[0] * evaluations / seconds
+                        rows.append((turn, *layout, work, rate))
+    columns = ["round", "processes", "threads", "work", "evaluations_per_second"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@contextmanager
+def _all_processes(
+    sweep: Sweep, layouts: Sequence[tuple[int, int]], evaluations: int
+) -> Iterator[dict[tuple[int, int], list[Connection]]]:
+    """Starts the processes of every layout; those that are not asked wait without working."""
+    if not layouts:
+        yield {}
+        return
+    first, *others = layouts
+    with (
+        _processes(replace(sweep, threads=first[1]), first[0], evaluations) as links,
+        _all_processes(sweep, others, evaluations) as rest,
+    ):
+        yield {first: links} | rest
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the median rate of each layout and kind of work, and the sweep's share of the loop.
+
+    The share is the median over rounds of the ratio within a round.
+    """
+    index = ["round", "processes", "threads"]
+    wide = table.pivot(index=index, columns="work", values="evaluations_per_second")
+    wide["sweep / bare loop"] = wide["sweep"] / wide["bare loop"]
+    return wide.groupby(["processes", "threads"], sort=False).median()
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m bf_lib.speed")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    study = Study.of(options.preset)
+    layers = list_layers(load_pipeline(study.model).unet)
+    sweep = Sweep.of(study, study_prompts(study, seed=0), study_layers(study, layers))
+    table = measure(sweep, options.rounds)
+    print(f"UNet evaluations per second, medians of {options.rounds} rounds")
+    print(summary(table).round(2).to_string())
+    rates = table[table.work == "sweep"].pivot(
+        index="round", columns=["processes", "threads"], values="evaluations_per_second"
+    )
+    first, second = LAYOUTS
+    gain = (rates[first] / rates[second]).median()
+    print(f"sweep, {first[0]} processes of {first[1]} thread over ", end="")
+    print(f"{second[0]} of {second[1]} threads: {gain:.2f}x")
+
+
+if __name__ == "__main__":
+    _main()

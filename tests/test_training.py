@@ -1,0 +1,165 @@
+"""The training loop: the same result after a kill, and nothing kept of another training."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from bf_lib.paths import ROOT
+from bf_lib.training import Plan, fit, load_ema, read_log
+
+PLAN = Plan(steps=60, batch=8, lr=0.2, warmup=5, ema=0.9, weight_decay=0.0, save_every=20)
+
+
+class Line:
+    """Fits y = slope x + 1; `wait` seconds a step, an infinite loss from step `breaks` on."""
+
+    def __init__(self, slope: float = 3.0, wait: float = 0.0, breaks: int | None = None) -> None:
+        self.model = nn.Linear(1, 1)
+        self.slope, self.wait, self.breaks = slope, wait, breaks
+
+    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        time.sleep(self.wait)
+        x = torch.randn(size, 1, generator=generator)
+        loss = (self.model(x) - self.slope * x - 1).square().mean()
+        if self.breaks is not None and step >= self.breaks:
+            loss = loss * torch.inf
+        return {"loss": loss, "size": torch.tensor(float(size))}
+
+
+class LineThroughZero(Line):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(1, 1, bias=False)
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A training that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(Line, PLAN, folder)
+    return folder
+
+
+def test_it_learns_and_the_average_is_loaded(whole):
+    model = load_ema(nn.Linear(1, 1), whole)
+    assert model.weight.item() == pytest.approx(3, abs=0.2)
+    assert model.bias.item() == pytest.approx(1, abs=0.2)
+    log = read_log(whole)
+    assert log.step.tolist() == [20, 40, 60]
+    assert log.loss.iloc[-1] < log.loss.iloc[0]
+    assert (log["size"] == 4).all()  # of each process
+    np.testing.assert_allclose(log.lr, [PLAN.rate(step - 1) for step in log.step])
+
+
+def test_a_killed_training_ends_with_the_same_weights(whole, tmp_path):
+    program = f"""
+if __name__ == "__main__":
+    from functools import partial
+    from pathlib import Path
+    from test_training import PLAN, Line
+    from bf_lib.training import fit
+    fit(partial(Line, wait=0.1), PLAN, Path({str(tmp_path)!r}))
+"""
+    (tmp_path / "train.py").write_text(program)
+    places = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "train.py")],
+        env=os.environ | {"PYTHONPATH": places},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    until = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the training ended before it could be killed"
+    assert not torch.equal(saved(tmp_path)["now/weight"], saved(whole)["now/weight"])
+
+    fit(Line, PLAN, tmp_path)  # the wait is not part of what a training is known by
+    resumed, uninterrupted = saved(tmp_path), saved(whole)
+    assert resumed.keys() == uninterrupted.keys()
+    for name, value in resumed.items():
+        assert torch.equal(value, uninterrupted[name]), name
+    pd.testing.assert_frame_equal(
+        read_log(tmp_path).drop(columns="seconds_per_step"),
+        read_log(whole).drop(columns="seconds_per_step"),
+    )
+
+
+def test_a_finished_training_is_not_repeated(whole):
+    before = (whole / "checkpoint.safetensors").stat().st_mtime_ns
+    fit(Line, PLAN, whole)
+    assert (whole / "checkpoint.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("make", "plan"),
+    [(partial(Line, slope=-2.0), PLAN), (Line, replace(PLAN, lr=0.1)), (LineThroughZero, PLAN)],
+    ids=["another task", "another plan", "another model"],
+)
+def test_another_training_starts_over(make, plan, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "changed")
+    fit(make, plan, tmp_path / "changed")
+    fit(make, plan, tmp_path / "fresh")
+    changed, fresh = saved(tmp_path / "changed"), saved(tmp_path / "fresh")
+    assert changed.keys() == fresh.keys()
+    assert all(torch.equal(changed[name], fresh[name]) for name in fresh)
+    assert read_log(tmp_path / "changed").step.tolist() == [20, 40, 60]
+
+
+def test_gradients_are_averaged_over_processes(tmp_path):
+    """On data that do not depend on the process, two do exactly what one does."""
+    fit(Same, replace(PLAN, batch=4), tmp_path / "one", processes=1)
+    fit(Same, replace(PLAN, batch=8), tmp_path / "two", processes=2)
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+
+
+class Same(Line):
+    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return super().loss(step, size, torch.Generator().manual_seed(step))
+
+
+def test_an_infinite_loss_stops_with_the_last_checkpoint_whole(tmp_path):
+    with pytest.raises(ProcessRaisedException, match="not finite at step 30"):
+        fit(partial(Line, breaks=30), PLAN, tmp_path, processes=1)
+    assert all(torch.isfinite(value).all() for value in saved(tmp_path).values())
+
+
+def test_the_rate_rises_stays_and_falls():
+    plan = Plan(steps=100, batch=2, lr=1.0, warmup=10, decay=0.5)
+    rates = [plan.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:51] == [1.0] * 42
+    assert np.diff(rates[50:]) == pytest.approx(-0.02)
+    assert rates[-1] == pytest.approx(0.02)
+
+
+def test_impossible_plans_and_missing_weights_are_refused(whole, tmp_path):
+    for wrong in ({"steps": 0}, {"batch": 0}, {"decay": 1.5}, {"ema": 1.0}):
+        with pytest.raises(ValueError, match="impossible training plan"):
+            replace(PLAN, **wrong)
+    with pytest.raises(ValueError, match="cannot be shared"):
+        fit(Line, replace(PLAN, batch=3), tmp_path)
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_ema(nn.Sequential(nn.Linear(1, 1)), whole)
