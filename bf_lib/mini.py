@@ -62,4 +62,4 @@ def new_unet() -> UNet2DConditionModel:
 
 def to_float(images: np.ndarray) -> Tensor:
     """Turns uint8 images (n, h, w, 3) into floats in [-1, 1] with shape (n, 3, h, w)."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images, order="C")).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -15,13 +15,16 @@ WIDTH = 7.0  # inches, of a figure over the whole page
 def captioned(images: Array, captions: Sequence[str], columns: int = 8) -> Figure:
     """A grid of images (n, h, w, 3), each with its caption below."""
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 1.22 * rows), squeeze=False)
+    side = WIDTH / columns  # inches
+    texts = [textwrap.fill(text, int(side / 0.045)) for text in captions]
+    height = rows * (side + 0.1 * (1 + max(text.count("\n") for text in texts)))
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, text in zip(axes.flat, images, captions, strict=False):
+        axis.set_anchor("N")
+    for axis, image, text in zip(axes.flat, images, texts, strict=False):
         axis.imshow(image)
-        lines = textwrap.fill(text, 19)
-        axis.text(0.5, -0.04, lines, transform=axis.transAxes, ha="center", va="top", fontsize=5.5)
+        axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=5.5)
     return figure
 
 

@@ -163,7 +163,7 @@ def training_latents(folder: Path, processes: int = 2) -> dict[str, Tensor]:
         starts = range(0, SCENES, ENCODED)
         with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
             parts = pool.starmap(_encode, [(folder, start) for start in starts], chunksize=1)
-        moments = torch.from_numpy(np.concatenate(parts))
+        moments = torch.from_numpy(np.concatenate(parts)).contiguous()
         texts = [text for i in range(SCENES) for text in training_scene(i)[1]]
         tokens = tokenize(new_tokenizer(), texts).short().view(SCENES, CAPTIONS, TOKENS)
         scale = 1 / moments[:, :4].float().std()
