@@ -1,0 +1,182 @@
+"""Figures show the numbers of their tables."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from toys import toy_unet
+
+from bf_lib import pictures, plots
+from bf_lib.layers import list_layers
+from bf_lib.models import meta_unet, sd15_unet_config
+from bf_lib.paths import ROOT
+
+
+@pytest.fixture(autouse=True)
+def look():
+    with plt.style.context(ROOT / "bf_lib" / "bf.mplstyle"):
+        yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return pd.DataFrame(vars_of(toy_unet()))
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return pd.DataFrame(vars_of(meta_unet(sd15_unet_config())))
+
+
+def vars_of(unet):
+    return [
+        {"layer": x.name, "role": x.role, "block": x.block, "depth": x.depth, "params": x.params}
+        for x in list_layers(unet)
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows(layers):
+    rng = np.random.default_rng(0)
+    table = pd.concat([layers.assign(bits=b) for b in (1, 2, 3)], ignore_index=True)
+    for metric in plots.METRICS:
+        table[metric] = rng.lognormal(size=len(table))
+    return table
+
+
+def heights(axis):
+    return [patch.get_height() for patch in axis.patches]
+
+
+def test_every_role_has_a_family_with_a_colour_of_its_own(sd15):
+    assert set(map(plots.family_of, sd15.role)) <= set(plots.FAMILIES)
+    assert len(set(plots.FAMILIES.values())) == len(plots.FAMILIES)
+    with pytest.raises(KeyError):
+        plots.family_of("no such role")
+
+
+def test_short_names_stay_apart(sd15):
+    assert plots.short("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k") == (
+        "down.1.attn.0.attn2.to_k"
+    )
+    assert plots.short("mid_block.resnets.1.conv1") == "mid.res.1.conv1"
+    assert sd15.layer.map(plots.short).is_unique
+
+
+@pytest.mark.parametrize("metric", plots.METRICS)
+def test_sensitivity_bars_are_the_metric_in_order_of_execution(rows, metric):
+    figure = plots.sensitivity_bars(rows, metric)
+    assert len(figure.axes) == 3
+    for bits, axis in zip((1, 2, 3), figure.axes, strict=True):
+        wanted = rows[rows.bits == bits].sort_values("depth")[metric]
+        np.testing.assert_allclose(heights(axis), wanted)
+    figure.canvas.draw()
+
+
+def test_sensitivity_by_role_shows_each_layer_once(rows):
+    figure = plots.sensitivity_by_role(rows, bits=2)
+    figure.canvas.draw()
+    part = rows[rows.bits == 2]
+    for axis, metric in zip(figure.axes, ("mse", "clip_drop"), strict=True):
+        shown = np.concatenate([c.get_offsets().data[:, 0] for c in axis.collections])
+        np.testing.assert_allclose(np.sort(shown), np.sort(part[metric]))
+
+
+def test_shares_of_parameters_add_up(layers, sd15):
+    for draw in (plots.parameters_by_role, plots.parameters_by_block):
+        figure = draw(layers, sd15, "toy")
+        figure.canvas.draw()
+        for axis in figure.axes:
+            sizes = [
+                p.get_width() if draw is plots.parameters_by_role else p.get_height()
+                for p in axis.patches
+            ]
+            assert sum(sizes) == pytest.approx(100)
+    figure = plots.parameters_by_depth(layers)
+    assert heights(figure.axes[0]) == layers.params.tolist()
+    figure.canvas.draw()
+
+
+def test_a_layer_card_marks_its_layer(rows):
+    name = rows.layer[7]
+    images = {"full precision": np.zeros((4, 8, 8, 3), dtype=np.uint8)}
+    figure = plots.layer_card(name, 1, np.linspace(-2, 2, 50), rows, images)
+    figure.canvas.draw()
+    axis = figure.axes[-1]
+    (x,), (y,) = axis.lines[1].get_data()
+    part = rows[rows.bits == 1]
+    assert y == part.mse[part.layer == name].item()
+    assert x == (part.mse < y).sum()
+
+
+def test_curves_of_grids():
+    methods = ["plain minmax", "plain alternating", "minmax", "alternating", "optimal"]
+    errors = pd.DataFrame(
+        [
+            (f"layer {i}", method, levels, 0.5 / levels**2 * (1 + 0.1 * i))
+            for i in range(3)
+            for method in methods
+            for levels in (3, 5, 9)
+        ],
+        columns=["layer", "method", "levels", "relative_mse"],
+    )
+    figure = plots.error_by_levels(errors)
+    figure.canvas.draw()
+    right = figure.axes[1]
+    for line in right.lines[: len(methods)]:
+        bits, gap = line.get_data()
+        np.testing.assert_allclose(bits, np.log2([3, 5, 9]))
+        # 10 log10(D 2^(2 b)) with D = 0.55 / L^2 and b = log2 L
+        np.testing.assert_allclose(gap, 10 * np.log10(0.55), atol=1e-9)
+
+    excess = pd.DataFrame(
+        [(levels, step, 0.1 / (step + 1)) for levels in (3, 5) for step in (0, 5, 10)],
+        columns=["levels", "steps", "excess"],
+    )
+    axis = plots.steps_to_converge(excess).axes[0]
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [10, 10 / 6, 10 / 11])
+
+
+def test_levels_stand_where_the_scale_puts_them():
+    weights = pd.DataFrame({"channel": "a", "weight": np.linspace(-1, 1, 30)})
+    scales = pd.DataFrame(
+        [("a", "minmax", 4, 0.5), ("a", "optimal", 3, 0.4)],
+        columns=["channel", "method", "levels", "scale"],
+    )
+    axis = plots.weight_histograms(weights, scales).axes[0]
+    assert axis.lines[0].get_xdata().tolist() == pytest.approx([-0.5, 0, 0.5, 1.0])
+    assert axis.lines[1].get_xdata().tolist() == pytest.approx([-0.4, 0, 0.4])
+
+
+def test_training_curves_are_the_losses():
+    logs = {
+        name: pd.DataFrame({"step": [1, 2], "loss": [v, v / 2]})
+        for name, v in (("a", 3), ("b", 9))
+    }
+    figure = plots.training_curves(**logs)
+    assert [axis.lines[0].get_ydata().tolist() for axis in figure.axes] == [[3, 1.5], [9, 4.5]]
+
+
+def test_captions_stay_under_their_own_image():
+    images = np.zeros((9, 8, 8, 3), dtype=np.uint8)
+    captions = ["there is a large purple triangle in front of a sand background"] * 9
+    figure = pictures.captioned(images, captions)
+    figure.canvas.draw()
+    boxes = [axis.texts[0].get_window_extent() for axis in figure.axes if axis.texts]
+    frames = [axis.get_window_extent() for axis in figure.axes[: len(images)]]
+    assert len(boxes) == len(images)
+    for i, box in enumerate(boxes):
+        assert box.y0 >= 0
+        assert not any(box.overlaps(other) for j, other in enumerate(boxes) if j != i)
+        assert not any(box.overlaps(frame) for j, frame in enumerate(frames) if j != i)
+
+
+def test_rows_of_images_hold_all_images():
+    rows = {
+        "a": np.zeros((3, 8, 8, 3), dtype=np.uint8),
+        "b": np.zeros((2, 8, 8, 3), dtype=np.uint8),
+    }
+    figure = pictures.image_rows(rows, below=["one", "two", "three"])
+    figure.canvas.draw()
+    assert sum(len(axis.images) for axis in figure.axes) == 5
