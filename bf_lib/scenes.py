@@ -242,15 +242,18 @@ def _noun(thing: Thing, colour: bool, count: int = 1, size: bool = False) -> str
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
-def caption(scene: Scene, rng: np.random.Generator, complete: bool = False) -> str:
+def caption(
+    scene: Scene, rng: np.random.Generator, complete: bool = False, coloured: float = 0.8
+) -> str:
     """Describes a scene in one of many phrasings.
 
     Arguments:
         scene: A scene of one of the four kinds.
         rng: Chooses the phrasing.
         complete: Whether to name every attribute, instead of leaving some out at random.
+        coloured: How often an incomplete caption names the colours.
     """
-    colour = complete or bool(rng.random() < 0.65)
+    colour = complete or bool(rng.random() < coloured)
     first = scene.things[0]
     if scene.kind == "single":
         text = _noun(first, colour, size=complete or bool(rng.random() < 0.7))
