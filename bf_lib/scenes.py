@@ -11,6 +11,8 @@ measured: some colours of some shapes, some counts of some shapes, and some pair
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "NUMBERS",
+    "OPPOSITE",
     "RELATIONS",
     "SHAPES",
     "SIZE",
@@ -225,7 +227,7 @@ _RELATED = {
     "below": ("{} below {}", "{} under {}", "{} beneath {}"),
 }
 
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 def _plural(shape: str) -> str:
@@ -267,7 +269,7 @@ def caption(
         elif rng.random() < 0.8:
             text = str(rng.choice(_RELATED[scene.relation])).format(*nouns)
         else:  # the same fact, told from the second object
-            opposite = _OPPOSITE[scene.relation]
+            opposite = OPPOSITE[scene.relation]
             text = str(rng.choice(_RELATED[opposite])).format(*nouns[::-1])
     if complete or rng.random() < 0.5:
         text = str(rng.choice(_BEHIND)).format(text, scene.background)

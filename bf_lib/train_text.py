@@ -1,0 +1,94 @@
+"""Trains the text encoder of `mini` to understand its captions, before the UNet sees a word.
+
+Stable Diffusion's text encoder comes from CLIP, trained on 400 million pictures, and stays as it
+is while the UNet is trained. Here it learns from the captions alone: what they say of each shape
+must be readable, linearly, from the states at the end of the text. A contrastive loss would be
+content with less: with few words it treats a caption as a bag of them, and tells "a star left of
+a moon" from its mirror image badly (Yuksekgonul et al. 2023, https://arxiv.org/abs/2210.01936).
+"""
+
+__all__ = ["TEXT_PLAN", "ReadingTask", "load_text_encoder", "said"]
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from bf_lib.mini import new_text_encoder, tokenize
+from bf_lib.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    NUMBERS,
+    OPPOSITE,
+    RELATIONS,
+    SHAPES,
+    Scene,
+)
+from bf_lib.training import Plan, load_ema
+from bf_lib.training_data import new_tokenizer, training_captions, training_scene
+
+READ = 20_000  # scenes whose captions are read
+TEXT_PLAN = Plan(steps=3000, batch=256, lr=1e-3, warmup=100, decay=0.7, ema=0.99)
+
+# What can be said of a shape, and of the background; the first of each is nothing at all.
+_OF_SHAPE = (
+    NUMBERS,
+    (None, *COLOURS),
+    (None, *RELATIONS),
+    (None, "small", "large"),
+)
+_QUESTIONS = (*_OF_SHAPE * len(SHAPES), (None, *BACKGROUNDS))
+
+
+def said(scene: Scene, text: str) -> list[int]:
+    """Returns what a caption says of its scene, as answers to 33 questions.
+
+    For each shape: how many there are, of which colour, on which side of the other object, how
+    large; and at last the background. What the caption leaves out is answered by 0.
+    """
+    words = set(text.split())
+    answers: dict[str, tuple] = {}
+    for i, thing in enumerate(scene.things):
+        side = scene.relation if i == 0 or scene.relation is None else OPPOSITE[scene.relation]
+        count = sum(other.shape == thing.shape for other in scene.things)
+        answers[thing.shape] = (NUMBERS[count], thing.colour, side, thing.size or None)
+    given = [a for shape in SHAPES for a in answers.get(shape, (NUMBERS[0], None, None, None))]
+    always = {*NUMBERS, *RELATIONS}  # said in other words, too
+    known = [a if a in words | always else None for a in [*given, scene.background]]
+    return [question.index(answer) for question, answer in zip(_QUESTIONS, known, strict=True)]
+
+
+class ReadingTask:
+    """Cross-entropy of what captions say, read at the end of the text and at the padding."""
+
+    def __init__(self) -> None:
+        texts = [training_captions(i) for i in range(READ)]
+        answers = [[said(training_scene(i), t) for t in row] for i, row in enumerate(texts)]
+        tokenizer = new_tokenizer()
+        self.tokens = tokenize(tokenizer, [t for row in texts for t in row])
+        self.answers = torch.tensor(answers).flatten(0, 1)
+        self.end = len(tokenizer) - 1  # the id of the end of the text, and of the padding
+        encoder = new_text_encoder(tokenizer)
+        reader = nn.Linear(encoder.config.hidden_size, sum(map(len, _QUESTIONS)))
+        self.model = nn.ModuleDict({"text_encoder": encoder, "reader": reader})
+
+    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(self.tokens), (size,), generator=generator)
+        tokens, answers = self.tokens[chosen], self.answers[chosen]
+        states = self.model["text_encoder"](tokens).last_hidden_state
+        after = tokens == self.end
+        logits = self.model["reader"](states[after]).split([len(q) for q in _QUESTIONS], dim=1)
+        targets = answers.repeat_interleave(after.sum(1), dim=0).unbind(1)
+        losses = [F.cross_entropy(*pair) for pair in zip(logits, targets, strict=True)]
+        read = torch.stack([x.argmax(1) == y for x, y in zip(logits, targets, strict=True)], dim=1)
+        return {"loss": torch.stack(losses).sum(), "all_right": read.all(1).float().mean()}
+
+
+def load_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Returns the trained text encoder of `folder`, in single precision."""
+    encoder = new_text_encoder(tokenizer)
+    reader = nn.Linear(encoder.config.hidden_size, sum(map(len, _QUESTIONS)))
+    load_ema(nn.ModuleDict({"text_encoder": encoder, "reader": reader}), folder)
+    return encoder.eval()
