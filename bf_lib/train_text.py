@@ -7,7 +7,7 @@ content with less: with few words it treats a caption as a bag of them, and tell
 a moon" from its mirror image badly (Yuksekgonul et al. 2023, https://arxiv.org/abs/2210.01936).
 """
 
-__all__ = ["TEXT_PLAN", "ReadingTask", "load_text_encoder", "said"]
+__all__ = ["TEXT_PLAN", "ReadingTask", "load_text_encoder", "new_reader", "said"]
 
 from pathlib import Path
 
@@ -60,6 +60,13 @@ def said(scene: Scene, text: str) -> list[int]:
     return [question.index(answer) for question, answer in zip(_QUESTIONS, known, strict=True)]
 
 
+def new_reader(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """Builds an untrained text encoder, and the linear map that reads the answers off it."""
+    encoder = new_text_encoder(tokenizer)
+    reader = nn.Linear(encoder.config.hidden_size, sum(map(len, _QUESTIONS)))
+    return nn.ModuleDict({"text_encoder": encoder, "reader": reader})
+
+
 class ReadingTask:
     """Cross-entropy of what captions say, read at the end of the text and at the padding."""
 
@@ -70,9 +77,7 @@ class ReadingTask:
         self.tokens = tokenize(tokenizer, [t for row in texts for t in row])
         self.answers = torch.tensor(answers).flatten(0, 1)
         self.end = len(tokenizer) - 1  # the id of the end of the text, and of the padding
-        encoder = new_text_encoder(tokenizer)
-        reader = nn.Linear(encoder.config.hidden_size, sum(map(len, _QUESTIONS)))
-        self.model = nn.ModuleDict({"text_encoder": encoder, "reader": reader})
+        self.model = new_reader(tokenizer)
 
     def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(self.tokens), (size,), generator=generator)
@@ -88,7 +93,4 @@ class ReadingTask:
 
 def load_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Returns the trained text encoder of `folder`, in single precision."""
-    encoder = new_text_encoder(tokenizer)
-    reader = nn.Linear(encoder.config.hidden_size, sum(map(len, _QUESTIONS)))
-    load_ema(nn.ModuleDict({"text_encoder": encoder, "reader": reader}), folder)
-    return encoder.eval()
+    return load_ema(new_reader(tokenizer), folder)["text_encoder"].eval()

@@ -29,7 +29,6 @@ from bf_lib.scenes import Scene, caption, sample_scene
 
 SCENES = 60_000  # training scenes
 CAPTIONS = 4  # phrasings of each
-COLOURED = 0.5  # share of the captions that name the colours
 
 
 def training_scene(index: int) -> Scene:
@@ -37,11 +36,11 @@ def training_scene(index: int) -> Scene:
     return sample_scene(np.random.default_rng((1, index)))
 
 
-def training_captions(index: int, coloured: float = COLOURED) -> list[str]:
-    """Returns the captions of a training scene, a share of which name the colours."""
+def training_captions(index: int) -> list[str]:
+    """Returns the captions of a training scene, half of which name the colours."""
     rng = np.random.default_rng((1, index))
     scene = sample_scene(rng)
-    return [caption(scene, rng, coloured=coloured) for _ in range(CAPTIONS)]
+    return [caption(scene, rng, coloured=0.5) for _ in range(CAPTIONS)]
 
 
 def _draw_training_scene(index: int) -> np.ndarray:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from hypothesis import settings
+
+from bf_lib import train_mini, training_data
 
 # The same examples each time, however busy the machine is.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -19,6 +22,35 @@ def outside_of_make(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets tests run alike by hand and under `make test`."""
     for name in ("BF_HEADLESS", "BF_PROGRESS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PARAMS"):
         monkeypatch.delenv(name, raising=False)
+
+
+class Alone:
+    """Stands for a pool of processes, and works in this one."""
+
+    def Pool(self, processes):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def map(self, function, items, chunksize):
+        return [function(item) for item in items]
+
+    def starmap(self, function, items, chunksize):
+        return [function(*item) for item in items]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve training scenes, encoded four at a time."""
+    monkeypatch.setattr(train_mini, "SCENES", 12)
+    monkeypatch.setattr(train_mini, "ENCODED", 4)
+    monkeypatch.setattr(training_data.training_images, "__defaults__", (12, 1))
+    # Processes of their own would not know of this.
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: Alone())
 
 
 @pytest.fixture

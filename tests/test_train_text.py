@@ -1,0 +1,101 @@
+"""What the text encoder of `mini` is taught to read."""
+
+import torch
+from safetensors.torch import save_file
+
+from bf_lib import train_text
+from bf_lib.mini import tokenize
+from bf_lib.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, Thing
+from bf_lib.train_text import ReadingTask, load_text_encoder, new_reader, said
+from bf_lib.training_data import new_tokenizer
+
+OF_SHAPE = 4  # answers: number, colour, side, size
+
+
+def thing(shape, colour, size=""):
+    return Thing(shape, colour, 32, 32, 10, size=size)
+
+
+def of(answers, shape):
+    i = OF_SHAPE * SHAPES.index(shape)
+    return answers[i : i + OF_SHAPE]
+
+
+def colour(name):
+    return 1 + list(COLOURS).index(name)
+
+
+def side(name):
+    return 1 + list(RELATIONS).index(name)
+
+
+def test_everything_that_is_said_is_an_answer():
+    scene = Scene((thing("star", "red", "large"),), "teal", "single")
+    answers = said(scene, "a picture of a large red star on teal")
+    assert of(answers, "star") == [1, colour("red"), 0, 2]
+    assert answers[-1] == 1 + list(BACKGROUNDS).index("teal")
+    others = [of(answers, shape) for shape in SHAPES if shape != "star"]
+    assert others == [[0, 0, 0, 0]] * 7
+
+
+def test_what_a_caption_leaves_out_is_answered_by_nothing():
+    scene = Scene((thing("star", "red", "large"),), "teal", "single")
+    assert of(said(scene, "a star"), "star") == [1, 0, 0, 0]
+    assert said(scene, "a star")[-1] == 0
+    # the size of an object of the usual size has no word
+    assert of(said(Scene((thing("star", "red"),), "teal", "single"), "a star"), "star")[3] == 0
+
+
+def test_the_side_is_told_from_either_object():
+    scene = Scene((thing("star", "red"), thing("moon", "blue")), "sand", "relation", "above")
+    for text in ("a star on top of a moon", "a moon below a star"):
+        answers = said(scene, text)
+        assert of(answers, "star") == [1, 0, side("above"), 0]
+        assert of(answers, "moon") == [1, 0, side("below"), 0]
+
+
+def test_equal_objects_are_counted():
+    scene = Scene((thing("cross", "pink"),) * 3, "gray", "count")
+    assert of(said(scene, "three pink crosses"), "cross") == [3, colour("pink"), 0, 0]
+
+
+def test_a_few_steps_lower_the_loss(monkeypatch):
+    monkeypatch.setattr(train_text, "READ", 50)
+    torch.manual_seed(0)
+    task = ReadingTask()
+    optimizer = torch.optim.AdamW(task.model.parameters(), 3e-3)
+    losses = []
+    for step in range(20):
+        scalars = task.loss(step, 64, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        scalars["loss"].backward()
+        optimizer.step()
+        losses.append(scalars["loss"].item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_reader_looks_at_the_end_of_the_text_and_after_it_only(monkeypatch):
+    monkeypatch.setattr(train_text, "READ", 4)
+    task = ReadingTask()
+    states = []
+    task.model["text_encoder"].register_forward_hook(
+        lambda *a: states.append(a[2].last_hidden_state) or states[-1].retain_grad()
+    )
+    task.loss(0, 6, torch.Generator().manual_seed(0))["loss"].backward()
+    chosen = torch.randint(len(task.tokens), (6,), generator=torch.Generator().manual_seed(0))
+    after = task.tokens[chosen] == task.end
+    used = states[0].grad.abs().sum(-1) > 0
+    assert torch.equal(used, after)
+
+
+def test_the_trained_encoder_is_loaded_without_its_reader(tmp_path):
+    tokenizer = new_tokenizer()
+    model = new_reader(tokenizer)
+    state = {f"ema/{name}": p.detach() for name, p in model.named_parameters()}
+    save_file(state, tmp_path / "checkpoint.safetensors", {"state": "{}"})
+    loaded = load_text_encoder(tmp_path, tokenizer)
+    tokens = tokenize(tokenizer, ["two red stars"])
+    with torch.no_grad():
+        want = model["text_encoder"].eval()(tokens).last_hidden_state
+        assert torch.equal(loaded(tokens).last_hidden_state, want)
+    assert not loaded.training
