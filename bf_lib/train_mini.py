@@ -13,12 +13,10 @@ __all__ = [
     "GeneratorTask",
     "VaeTask",
     "export",
-    "train",
     "trained_pipeline",
     "training_latents",
 ]
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bf_lib.mini import TOKENS, new_unet, new_vae, to_float, tokenize
-from bf_lib.train_text import TEXT_PLAN, ReadingTask, load_text_encoder
-from bf_lib.training import Plan, fit, load_ema
+from bf_lib.train_text import load_text_encoder
+from bf_lib.training import Plan, load_ema
 from bf_lib.training_data import (
     CAPTIONS,
     SCENES,
@@ -60,7 +58,7 @@ SCHEDULE = {  # SD-v1.5's
     "beta_schedule": "scaled_linear",
 }
 
-GENERATOR_PLAN = Plan(steps=6500, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999)
+GENERATOR_PLAN = Plan(steps=6000, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999)
 VAE_PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
 
 
@@ -157,15 +155,6 @@ class GeneratorTask:
         snr = (alpha / (1 - alpha)).flatten()
         weight = (snr + SNR_FLOOR).clamp(max=SNR_CAP) / snr
         return {"loss": (error * weight).mean(), "mse": error.mean()}
-
-
-def train(folder: Path) -> None:
-    """Trains the autoencoder, the text encoder and the UNet, from where they were left."""
-    training_images(folder)
-    fit(partial(VaeTask, folder), VAE_PLAN, folder / "vae")
-    fit(ReadingTask, TEXT_PLAN, folder / "text_encoder")
-    training_latents(folder)
-    fit(partial(GeneratorTask, folder), GENERATOR_PLAN, folder / "unet")
 
 
 def trained_pipeline(folder: Path) -> StableDiffusionPipeline:
