@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from bf_lib import train_text
 from bf_lib.mini import tokenize
-from bf_lib.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, Thing
+from bf_lib.scenes import BACKGROUNDS, COLOURS, HELD_COLOURS, RELATIONS, SHAPES, Scene, Thing
 from bf_lib.train_text import ReadingTask, load_text_encoder, new_reader, said
 from bf_lib.training_data import new_tokenizer
 
@@ -99,3 +99,28 @@ def test_the_trained_encoder_is_loaded_without_its_reader(tmp_path):
         want = model["text_encoder"].eval()(tokens).last_hidden_state
         assert torch.equal(loaded(tokens).last_hidden_state, want)
     assert not loaded.training
+
+
+def test_captions_of_combinations_without_images_are_read_too(monkeypatch):
+    monkeypatch.setattr(train_text, "READ", 200)
+    task = ReadingTask()
+    held = [f"{colour} {shape}" for colour, shape in HELD_COLOURS]
+    texts = new_tokenizer().batch_decode(task.tokens, skip_special_tokens=True)
+    assert 5 < sum(any(words in text for words in held) for text in texts) < 60
+
+
+def test_one_wrong_answer_is_a_caption_not_read(tmp_path):
+    """A reader that always answers what "a star" says has read such captions and no others."""
+    tokenizer = new_tokenizer()
+    scene = Scene((thing("star", "red"),), "teal", "single")
+    model = new_reader(tokenizer)
+    answers = said(scene, "a star")
+    with torch.no_grad():
+        model["reader"].weight.zero_()
+        parts = model["reader"].bias.split([len(q) for q in train_text._QUESTIONS])
+        for part, answer in zip(parts, answers, strict=True):
+            part.copy_(torch.eye(len(part))[answer])
+    state = {f"ema/{name}": p.detach() for name, p in model.named_parameters()}
+    save_file(state, tmp_path / "checkpoint.safetensors", {"state": "{}"})
+    texts = ["a star", "a red star", "there is a star", "a star on teal"]
+    assert train_text.reads(tmp_path, [scene] * 4, texts) == 0.5
