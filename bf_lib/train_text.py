@@ -3,9 +3,9 @@
 Stable Diffusion's text encoder comes from CLIP, which has read nearly everything, and stays as it
 is while the UNet is trained. Here it learns from captions alone, of every combination: the images
 of some are held out, not the words. What a caption says of each shape must be readable, by a
-linear map, from the states at the end of the text. A contrastive loss would be content with less: it
-takes a caption for a bag of words, and tells "a star left of a moon" from its mirror image badly
-(Yuksekgonul et al. 2023, https://arxiv.org/abs/2210.01936).
+linear map, from the states at the end of the text. A contrastive loss would be content with less:
+it takes a caption for a bag of words, and tells "a star left of a moon" from its mirror image
+badly (Yuksekgonul et al. 2023, https://arxiv.org/abs/2210.01936).
 """
 
 __all__ = ["TEXT_PLAN", "ReadingTask", "load_text_encoder", "new_reader", "reads", "said"]
