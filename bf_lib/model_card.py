@@ -34,6 +34,7 @@ from bf_lib.judges import SceneJudge, Seen, read_scenes
 from bf_lib.mini import to_float, tokenize
 from bf_lib.sampling import Sampler, generate
 from bf_lib.scenes import Scene, caption, relation_of, sample_scene
+from bf_lib.train_text import said
 
 STEPS = 20  # of DPM-Solver++
 
@@ -108,18 +109,23 @@ def _nearest(seen: Sequence[Seen], x: float, y: float, within: float = 6.0) -> S
 def retrieval(
     clip: open_clip.CLIP, tokenizer: CLIPTokenizer, seed: int, count: int = 256
 ) -> tuple[float, float]:
-    """Returns retrieval@1 among `count` scenes with distinct complete captions.
+    """Returns retrieval@1 among `count` scenes whose captions name everything.
+
+    No two captions say the same: "a red star on sand" and "a picture of a red star on a sand
+    background" are one, which no image could tell apart.
 
     Returns:
         The share of images whose caption scores highest, and of captions whose image does.
     """
     rng = np.random.default_rng((4, seed))
-    scenes: dict[str, Scene] = {}
-    while len(scenes) < count:
+    told: dict[tuple[int, ...], tuple[Scene, str]] = {}
+    while len(told) < count:
         scene = sample_scene(rng, held_out=bool(rng.random() < 0.2))
-        scenes.setdefault(caption(scene, rng, complete=True), scene)
-    image = clip.encode_image(images_of(list(scenes.values())), normalize=True)
-    text = clip.encode_text(tokenize(tokenizer, list(scenes)), normalize=True)
+        text = caption(scene, rng, complete=True)
+        told.setdefault(tuple(said(scene, text)), (scene, text))
+    scenes, texts = zip(*told.values(), strict=True)
+    image = clip.encode_image(images_of(scenes), normalize=True)
+    text = clip.encode_text(tokenize(tokenizer, list(texts)), normalize=True)
     similarity, target = image @ text.T, torch.arange(count)
     to_text = (similarity.argmax(1) == target).float().mean()
     to_image = (similarity.argmax(0) == target).float().mean()
