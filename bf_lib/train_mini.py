@@ -8,18 +8,24 @@ https://arxiv.org/abs/2303.09556).
 """
 
 __all__ = [
-    "GENERATOR_PLAN",
+    "ROUNDS",
     "VAE_PLAN",
     "GeneratorTask",
+    "Round",
     "VaeTask",
     "export",
+    "round_folder",
+    "train_unet",
     "trained_pipeline",
     "training_latents",
 ]
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -33,7 +39,7 @@ from torch import Tensor
 
 from bf_lib.mini import TOKENS, new_unet, new_vae, to_float, tokenize
 from bf_lib.train_text import load_text_encoder
-from bf_lib.training import Plan, load_ema
+from bf_lib.training import Plan, fit, load_ema, read_log
 from bf_lib.training_data import (
     CAPTIONS,
     SCENES,
@@ -42,6 +48,7 @@ from bf_lib.training_data import (
     new_tokenizer,
     training_captions,
     training_images,
+    training_scene,
 )
 
 ENCODED = 1000  # scenes encoded in one go
@@ -50,7 +57,6 @@ SNR_CAP = 5.0  # min-SNR weighting
 # Where the noise hides nearly all, the error of the clean latents is about 1 / (1 + 65 SNR) of
 # their variance. Added to the SNR, this makes the loss there as heavy as elsewhere.
 SNR_FLOOR = 1 / 65
-LATE = 1.5  # density of the time-steps ~ t^(LATE - 1): more of the noisy ones, which decide layout
 SCHEDULE = {  # SD-v1.5's
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -58,7 +64,30 @@ SCHEDULE = {  # SD-v1.5's
     "beta_schedule": "scaled_linear",
 }
 
-GENERATOR_PLAN = Plan(steps=6000, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999)
+
+@dataclass(frozen=True)
+class Round:
+    """A round of the UNet's training."""
+
+    plan: Plan
+    late: float  # the time-steps have the density t^(late - 1)
+    related: int  # how often a scene with a relation is shown for each time that another is
+
+
+# The second begins with the averaged weights of the first. Which object is where is decided at
+# noisy time-steps and by small differences, which the rate that is best to learn drawing drowns.
+ROUNDS = (
+    Round(
+        Plan(steps=6000, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999),
+        late=1.5,
+        related=1,
+    ),
+    Round(
+        Plan(steps=7000, batch=64, lr=4e-4, warmup=200, decay=0.6, ema=0.999, seed=1),
+        late=3.0,
+        related=3,
+    ),
+)
 VAE_PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
 
 
@@ -117,9 +146,14 @@ def _encode(folder: Path, start: int) -> np.ndarray:
 
 
 class GeneratorTask:
-    """Noise prediction by the UNet from a caption read by the trained text encoder (Eq. 2)."""
+    """Noise prediction by the UNet from a caption read by the trained text encoder (Eq. 2).
 
-    def __init__(self, folder: Path) -> None:
+    Arguments:
+        folder: Where the trained autoencoder and text encoder are.
+        number: The index of the round in `ROUNDS`.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
         self.data = training_latents(folder)
         tokenizer = new_tokenizer()
         texts = [text for i in range(SCENES) for text in training_captions(i)]
@@ -127,13 +161,18 @@ class GeneratorTask:
         self.empty = tokenize(tokenizer, [""])
         self.text_encoder = load_text_encoder(folder / "text_encoder", tokenizer)
         self.model = new_unet()
+        if number > 0:
+            load_ema(self.model, round_folder(folder, number - 1))
+        self.late = ROUNDS[number].late
+        again = [i for i in range(SCENES) if training_scene(i).relation is not None]
+        self.shown = torch.tensor([*range(SCENES), *again * (ROUNDS[number].related - 1)])
         # In bfloat16 on CPU the backward pass of fused attention is several times slower than
         # that of plain matrix products.
         self.model.set_attn_processor(AttnProcessor())
         self.alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
 
     def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(len(self.data["moments"]), (size,), generator=generator)
+        chosen = self.shown[torch.randint(len(self.shown), (size,), generator=generator)]
         mean, logvar = self.data["moments"][chosen].float().chunk(2, dim=1)
         z = mean + torch.randn(mean.shape, generator=generator) * torch.exp(0.5 * logvar)
         z = z * self.data["scale"]
@@ -145,7 +184,7 @@ class GeneratorTask:
             context = self.text_encoder(tokens).last_hidden_state
         # One quantile from each of `size` equal stretches, which lowers the variance of the loss.
         quantile = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-        t = (1000 * quantile ** (1 / LATE)).long().clamp(max=999)
+        t = (1000 * quantile ** (1 / self.late)).long().clamp(max=999)
         noise = torch.randn(z.shape, generator=generator)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
@@ -157,10 +196,31 @@ class GeneratorTask:
         return {"loss": (error * weight).mean(), "mse": error.mean()}
 
 
+def train_unet(folder: Path) -> pd.DataFrame:
+    """Trains the UNet round by round, from where it was left.
+
+    Returns:
+        The log of all rounds, their steps counted on.
+    """
+    logs, done = [], 0
+    for number, part in enumerate(ROUNDS):
+        target = round_folder(folder, number)
+        fit(partial(GeneratorTask, folder, number), part.plan, target)
+        log = read_log(target)
+        logs.append(log.assign(step=log.step + done, round=number + 1))
+        done += part.plan.steps
+    return pd.concat(logs, ignore_index=True)
+
+
+def round_folder(folder: Path, number: int) -> Path:
+    """Returns the folder of a round of the UNet's training."""
+    return folder / f"unet_{number + 1}"
+
+
 def trained_pipeline(folder: Path) -> StableDiffusionPipeline:
     """Puts the trained parts in `folder` together, in single precision."""
     tokenizer = new_tokenizer()
-    unet = load_ema(new_unet(), folder / "unet")
+    unet = load_ema(new_unet(), round_folder(folder, len(ROUNDS) - 1))
     vae = load_ema(new_vae(), folder / "vae")
     scale = float(training_latents(folder)["scale"])
     vae.register_to_config(scaling_factor=scale)

@@ -1,6 +1,7 @@
 """The data and the losses that `mini` is trained with."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,7 +10,7 @@ from bf_lib import train_mini
 from bf_lib.mini import TOKENS, new_unet, new_vae, to_float
 from bf_lib.train_mini import GeneratorTask, VaeTask
 from bf_lib.train_text import new_reader
-from bf_lib.training_data import CAPTIONS, new_tokenizer
+from bf_lib.training_data import CAPTIONS, new_tokenizer, training_scene
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_latents_have_unit_variance_and_follow_the_autoencoder(trained):
 
 def test_the_generators_loss_is_min_snr_with_a_floor(trained):
     """A UNet that predicts nothing has an error of one: the mean weight over the time-steps."""
-    task = GeneratorTask(trained)
+    task = GeneratorTask(trained, 0)
     assert task.tokens.shape == (12, CAPTIONS, TOKENS)
     torch.nn.init.zeros_(task.model.conv_out.weight)
     torch.nn.init.zeros_(task.model.conv_out.bias)
@@ -59,15 +60,51 @@ def test_the_generators_loss_is_min_snr_with_a_floor(trained):
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
     alpha = torch.cumprod(1 - betas, 0)
     snr = alpha / (1 - alpha)
-    # the time-steps have the density t^(LATE - 1)
-    density = torch.arange(1000).double().add(0.5) ** (train_mini.LATE - 1)
+    # the time-steps have the density t^(late - 1)
+    density = torch.arange(1000).double().add(0.5) ** (train_mini.ROUNDS[0].late - 1)
     weight = (5 / snr).clamp(max=1 + train_mini.SNR_FLOOR / snr)
     expected = float((weight * density).sum() / density.sum())
     assert float(scalars["loss"]) == pytest.approx(expected, rel=0.05)
 
 
+def test_a_round_starts_from_the_averaged_weights_of_the_one_before(trained):
+    state = {f"ema/{name}": p.detach() + 0.5 for name, p in new_unet().named_parameters()}
+    first = train_mini.round_folder(trained, 0)
+    first.mkdir()
+    save_file(state, first / "checkpoint.safetensors", {"state": "{}"})
+    for name, p in GeneratorTask(trained, 1).model.named_parameters():
+        assert torch.equal(p, state[f"ema/{name}"])
+
+
+def test_the_second_round_shows_relations_more_often(trained, monkeypatch):
+    monkeypatch.setattr(train_mini, "load_ema", lambda model, folder: model)
+    monkeypatch.setattr(train_mini, "load_text_encoder", lambda folder, tokenizer: None)
+    once, more = (GeneratorTask(trained, i).shown.bincount(minlength=12) for i in range(2))
+    assert once.tolist() == [1] * 12
+    times = [3 if training_scene(i).relation else 1 for i in range(12)]
+    assert more.tolist() == times
+    assert set(times) == {1, 3}
+
+
+def test_all_rounds_are_trained_and_their_logs_counted_on(tmp_path, monkeypatch):
+    trained = []
+
+    def fit(make, plan, folder):
+        trained.append((make.args[1], plan, folder.name))
+        folder.mkdir()
+        pd.DataFrame({"step": [20, 40], "loss": [1.0, 0.5]}).to_csv(folder / "log.csv")
+
+    monkeypatch.setattr(train_mini, "fit", fit)
+    log = train_mini.train_unet(tmp_path)
+    plans = [part.plan for part in train_mini.ROUNDS]
+    assert trained == [(i, plan, f"unet_{i + 1}") for i, plan in enumerate(plans)]
+    done = plans[0].steps
+    assert log.step.tolist() == [20, 40, done + 20, done + 40]
+    assert log["round"].tolist() == [1, 1, 2, 2]
+
+
 def test_only_the_unet_learns_from_the_generators_loss(trained):
-    task = GeneratorTask(trained)
+    task = GeneratorTask(trained, 0)
     task.loss(0, 2, torch.Generator().manual_seed(0))["loss"].backward()
     assert all(p.grad is None for p in task.text_encoder.parameters())
     assert all(p.grad is not None for p in task.model.parameters())
