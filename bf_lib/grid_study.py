@@ -17,7 +17,13 @@ from bf_lib.grids import (
     optimal_scale,
     relative_mse,
 )
-from bf_lib.unbalanced import alternating_grid, fake_quantize_unbalanced, fixed_grid, minmax_grid
+from bf_lib.unbalanced import (
+    alternating_grid,
+    fake_quantize_unbalanced,
+    fixed_grid,
+    minmax_grid,
+    shifted_grid,
+)
 
 SCALES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "minmax": minmax_scale,
@@ -26,22 +32,23 @@ SCALES: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-def grid_errors(weights: Mapping[str, Tensor], bits: Sequence[int]) -> pd.DataFrame:
+def grid_errors(weights: Iterable[tuple[str, Tensor]], bits: Sequence[int]) -> pd.DataFrame:
     """Tabulates the relative squared error of layers on plain and balanced grids.
 
     Plain grids have 2^b levels: "plain minmax" spans each channel with a zero-point of its own,
-    "plain alternating" has the codes {-2^(b-1), ..., 2^(b-1) - 1} and an alternating scale.
+    "plain alternating" has the codes {-2^(b-1), ..., 2^(b-1) - 1} and an alternating scale,
+    "shifted alternating" as many levels at odd halves, {..., -1/2, 1/2, ...}, and none at zero.
     Balanced grids have 2^b + 1 levels.
 
     Arguments:
-        weights: The weights of each layer by its name.
+        weights: Names of layers with their weights.
         bits: The paper's b, at least 1.
 
     Returns:
         Columns layer, method, levels, relative_mse.
     """
     rows = []
-    for name, weight in weights.items():
+    for name, weight in weights:
         for b in bits:
             for method, (levels, approximation) in _approximations(weight, b).items():
                 rows.append((name, method, levels, float(relative_mse(weight, approximation))))
@@ -50,8 +57,11 @@ def grid_errors(weights: Mapping[str, Tensor], bits: Sequence[int]) -> pd.DataFr
 
 def _approximations(weight: Tensor, bits: int) -> dict[str, tuple[int, Tensor]]:
     """Returns the levels and the quantized weight of each method."""
-    fitted = alternating_grid(weight, bits, fixed_grid(weight, bits))
-    plain = {"plain minmax": minmax_grid(weight, bits), "plain alternating": fitted}
+    plain = {
+        "plain minmax": minmax_grid(weight, bits),
+        "plain alternating": alternating_grid(weight, bits, fixed_grid(weight, bits)),
+        "shifted alternating": alternating_grid(weight, bits, shifted_grid(weight, bits)),
+    }
     found = {
         method: (2**bits, fake_quantize_unbalanced(weight, grid, bits))
         for method, grid in plain.items()
@@ -63,7 +73,7 @@ def _approximations(weight: Tensor, bits: int) -> dict[str, tuple[int, Tensor]]:
 
 
 def convergence(
-    weights: Mapping[str, Tensor], levels: Sequence[int], steps: Iterable[int]
+    weights: Iterable[tuple[str, Tensor]], levels: Sequence[int], steps: Sequence[int]
 ) -> pd.DataFrame:
     """Tabulates how far the alternating scale is from the optimum after some steps.
 
@@ -71,7 +81,7 @@ def convergence(
         Columns layer, levels, steps, excess: the error over the optimum's, less one.
     """
     rows = []
-    for name, weight in weights.items():
+    for name, weight in weights:
         for count in levels:
             best = _error(weight, optimal_scale(weight, count), count)
             for step in steps:

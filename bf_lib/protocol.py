@@ -16,19 +16,20 @@ from bf_lib.study import Study
 def study_prompts(study: Study, seed: int) -> list[str]:
     """Returns the prompts that a study compares images by.
 
-    For `mini` they are captions of scenes from the training combinations, none of which was
-    trained on; for `sd15` the first of the 100 PartiPrompts in `data/prompts` (App. B takes 100).
+    For `mini` they are captions of scenes that are drawn anew from the training combinations; the
+    language is small, so that some captions were also trained on, with other scenes. For any
+    other model they are the first of the 100 PartiPrompts in `data/prompts` (App. B takes 100).
 
     Arguments:
         study: The study, which says how many prompts.
         seed: Another seed gives other captions; PartiPrompts are always the same.
     """
-    if study.preset == "sd15":
+    if study.model != "mini":
         table = pd.read_csv(ROOT / "data" / "prompts" / "parti100.csv", dtype=str)
         if study.prompts > len(table):
             raise ValueError(f"there are {len(table)} PartiPrompts, not {study.prompts}")
         return table.prompt.head(study.prompts).tolist()
-    rng = np.random.default_rng((5, seed))
+    rng = np.random.default_rng((7, 1, seed))
     return [caption(sample_scene(rng), rng) for _ in range(study.prompts)]
 
 

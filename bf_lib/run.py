@@ -23,6 +23,7 @@ from typing import Self
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from diffusers import StableDiffusionPipeline
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -31,7 +32,9 @@ from bf_lib import artifacts, claims, provenance
 from bf_lib.artifacts import Origin
 from bf_lib.claims import Claim, ClaimFailed, Value
 from bf_lib.figures import Drawing
+from bf_lib.models import load_pipeline
 from bf_lib.paths import ROOT, display_path, figures_folder, runs_folder
+from bf_lib.processes import make_deterministic
 from bf_lib.study import Study
 
 
@@ -72,6 +75,7 @@ class Run:
         """
         study = Study.of(preset, **overrides)
         make_deterministic(study.threads)
+        pd.set_option("display.max_colwidth", None)  # a layer's name ends in what tells it apart
         plt.style.use("bf_lib.bf")
         run = cls(
             notebook=notebook,
@@ -103,6 +107,11 @@ class Run:
             code = provenance.code_version(self.root)
             parts.append(f"commit {code['commit']}{' with changes' if code['dirty'] else ''}")
         return " · ".join(parts)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """Loads the study's model to the run's device, in the study's precision."""
+        dtype = getattr(torch, self.study.dtype)
+        return load_pipeline(self.study.model, device=self.device, dtype=dtype)
 
     # ---- results
 
@@ -143,8 +152,8 @@ class Run:
         caption: str,
         tables: Mapping[str, str] | None = None,
         **arguments: object,
-    ) -> Figure:
-        """Writes a figure and returns it; as a cell's last line it is shown once.
+    ) -> None:
+        """Writes a figure and shows it with its caption.
 
         Arguments:
             drawn: A function of `bf_lib.plots`, or a figure. A function is called here, and again
@@ -169,7 +178,8 @@ class Run:
         artifacts.save_figure(figure, path, origin, caption, call)
         self._note(f"figure {stem}", display_path(path.with_suffix(".png"), self.root))
         plt.close(figure)  # or the notebook would show it a second time at the end of the cell
-        return figure
+        display(figure, metadata={"image/png": {"alt": caption}})
+        display(Markdown(f"*{caption}*"))
 
     # ---- claims
 
@@ -265,12 +275,3 @@ class Run:
             study=asdict(self.study),
             inputs=self.inputs if inputs is None else self._digests(inputs),
         )
-
-
-def make_deterministic(threads: int) -> None:
-    """Makes torch choose the same algorithms, in the same order of sums, at each run."""
-    # Read by cuBLAS when it starts; without it, torch refuses deterministic products on CUDA.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(threads)

@@ -20,24 +20,24 @@ class Study:
 
     preset: str
     model: str  # name in models.MODELS, folder or hub id
-    resolution: int  # pixels along each side of an image
     prompts: int  # prompts of the sweep, each with one fixed seed
     steps: int  # sampler steps
     guidance: float  # classifier-free guidance scale; 1 is none
     batch: int  # prompts per forward pass; guidance doubles it
     bits: tuple[int, ...] = (1, 2, 3)  # the paper's b bits, that is 2**b + 1 levels
     layers: int | None = None  # how many layers to sweep, spread over the UNet; None is all 256
-    workers: int = 1  # processes that share the sweep
+    workers: int | None = None  # processes that share the sweep; None is one for each device
     threads: int = 1  # per process; float sums depend on it, so it is never left to the machine
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
-        for name in ("resolution", "prompts", "steps", "batch", "workers", "threads"):
+        for name in ("prompts", "steps", "batch", "threads"):
             _require_count(name, getattr(self, name))
-        if self.layers is not None:
-            _require_count("layers", self.layers)
+        for name in ("layers", "workers"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name))
         if not self.guidance >= 1:
             raise ValueError(f"guidance must be at least 1, got {self.guidance!r}")
         if not self.bits or any(type(b) is not int or b < 1 for b in self.bits):
@@ -82,7 +82,6 @@ def _require_count(name: str, value: object) -> None:
 
 _MINI = {
     "model": "mini",
-    "resolution": 64,
     "prompts": 32,
     "steps": 8,
     "guidance": 4.0,
@@ -95,7 +94,6 @@ PRESETS: dict[str, dict[str, object]] = {
     "mini": _MINI,
     "sd15": {
         "model": "sd15",
-        "resolution": 512,
         "prompts": 100,  # App. B
         "steps": 50,  # the paper's default sampler; App. B does not say
         "guidance": 7.5,  # as in Table 3; App. B does not say

@@ -2,8 +2,8 @@
 
 A plain grid has the 2^b codes 0, ..., 2^b - 1, of which one, the zero-point z, stands for zero:
 seen from there they are {-z, ..., 2^b - 1 - z}, as {-2, ..., 1} for two bits and z = 2. With
-2^b values one side always has a level more than the other. A weight is approximated by
-scale * (code - z).
+2^b values one side always has a level more than the other, or there is no level at zero: a
+half-shifted grid has z = (2^b - 1) / 2. A weight is approximated by scale * (code - z).
 
 Weights have shape (out, *) with at least two dimensions; scales and zero-points have shape
 (out, 1, ...). Arithmetic is done in float32, or float64 for float64 weights.
@@ -17,6 +17,7 @@ __all__ = [
     "fixed_grid",
     "minmax_grid",
     "quantize_unbalanced",
+    "shifted_grid",
 ]
 
 from typing import NamedTuple
@@ -28,7 +29,10 @@ from bf_lib.grids import checked_weight, or_one
 
 
 class UnbalancedGrid(NamedTuple):
-    """The scale and the zero-point (a whole number) of each channel, with shape (out, 1, ...)."""
+    """The scale and the zero-point of each channel, with shape (out, 1, ...).
+
+    The zero-point is a whole number, but for half-shifted grids.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -63,6 +67,19 @@ def fixed_grid(weight: Tensor, bits: int) -> UnbalancedGrid:
 
 
 @torch.no_grad()
+def shifted_grid(weight: Tensor, bits: int) -> UnbalancedGrid:
+    """Returns the grids with levels at odd halves, symmetric about zero but not at it.
+
+    The largest magnitude of the channel is mapped to the last level. At one bit this is the sign
+    of a weight times a scale, the code of binary networks.
+    """
+    zero = _last_code(bits) / 2
+    weight = checked_weight(weight)
+    top = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
+    return UnbalancedGrid(or_one(top / zero), torch.full_like(top, zero))
+
+
+@torch.no_grad()
 def alternating_grid(
     weight: Tensor, bits: int, start: UnbalancedGrid, steps: int = 10
 ) -> UnbalancedGrid:
@@ -74,13 +91,16 @@ def alternating_grid(
         codes = _round(weight, UnbalancedGrid(scale, zero), bits) - zero
         fit = (weight.double() * codes).sum(dim=dims, keepdim=True)
         size = codes.square().sum(dim=dims, keepdim=True, dtype=torch.float64)
-        scale = or_one((fit / size.clamp_min(1)).to(weight.dtype))
+        scale = or_one((fit / or_one(size)).to(weight.dtype))
     return UnbalancedGrid(scale, zero)
 
 
 @torch.no_grad()
 def quantize_unbalanced(weight: Tensor, grid: UnbalancedGrid, bits: int) -> Tensor:
-    """Returns the uint8 codes clip(round(w / s) + z, 0, 2^b - 1), with shape (out, *) (Eq. 1)."""
+    """Returns the uint8 codes with shape (out, *), clip(round(w / s) + z, 0, 2^b - 1) (Eq. 1).
+
+    Where z is not whole, they are clip(round(w / s + z), 0, 2^b - 1).
+    """
     return _round(checked_weight(weight), grid, bits).to(torch.uint8)
 
 
@@ -102,4 +122,5 @@ def _last_code(bits: int) -> int:
 
 
 def _round(weight: Tensor, grid: UnbalancedGrid, bits: int) -> Tensor:
-    return ((weight / grid.scale).round_() + grid.zero).clamp_(0, _last_code(bits))
+    part = grid.zero - grid.zero.floor()  # 0 or 1/2
+    return ((weight / grid.scale + part).round_() + grid.zero.floor()).clamp_(0, _last_code(bits))

@@ -1,19 +1,23 @@
 """Compare fresh results with the committed ones: `python -m bf_lib.verify PRESET`.
 
 Numbers are compared one by one within tolerances, because torch promises no identity across
-machines and versions; everything else must be equal. What a figure shows is compared through the
-table it is drawn from; its pixels depend on fonts, and are not compared.
+machines and versions; everything else must be equal. What a figure of numbers shows is compared
+through the table it is drawn from; pixels, which depend on fonts, and sampled images are not.
+
+Only what notebooks wrote here counts as fresh: each stamp in `build/PRESET` holds the digests of
+its notebook's results, and a result that is no longer that is named and not compared.
 """
 
 __all__ = ["Difference", "Tolerance", "compare", "flatten", "main"]
 
 import csv
+import hashlib
 import io
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +50,14 @@ BY_NAME = {
     "mse": Tolerance(rtol=1e-2, atol=1e-4),
     "clip": Tolerance(rtol=0.0, atol=5e-4),
     "clip_drop": Tolerance(rtol=0.0, atol=5e-4),  # a difference of near equals
-    "lpips": Tolerance(rtol=1e-2, atol=1e-4),
+    "perceptual": Tolerance(rtol=1e-2, atol=1e-4),
 }
 
 # What may differ without the result being another: digests say that some byte differs, which the
 # numbers then say better; captions may hold rounded numbers; times are the machine's.
-IGNORED = frozenset({"caption", "content", "inputs", "seconds", "wall_s", "workers"})
+IGNORED = frozenset(
+    {"caption", "content", "inputs", "seconds", "seconds_per_step", "wall_s", "workers"}
+)
 
 REPORTED = 20  # differences that are listed
 
@@ -143,13 +149,28 @@ def _git(root: Path, *arguments: str) -> bytes:
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
 
 
-def written_files(preset: str, root: Path) -> set[str]:
-    """Returns the results that the newest run of each notebook says it wrote."""
-    records = sorted((root / "data" / "runs" / preset).glob("*/render.json"))
-    return {name for record in records for name in json.loads(record.read_bytes())["artifacts"]}
+def written_files(preset: str, root: Path) -> dict[str, dict[str, str]]:
+    """Returns the digests of the results by path, by notebook that has a stamp here."""
+    stamps = sorted((root / "build" / preset).glob("*.done"))
+    lines = {stamp.stem: stamp.read_text().splitlines() for stamp in stamps}
+    return {
+        notebook: {name: digest for digest, _, name in (line.partition(" ") for line in written)}
+        for notebook, written in lines.items()
+    }
 
 
-def _is_orphan(name: str, written: set[str]) -> bool:
+def _notebook_of(name: str) -> str:
+    """Returns the notebook of a committed result, from its path."""
+    folder, _, file = name.rpartition("/")
+    return folder.rpartition("/")[2] if name.startswith("data/") else file.partition("-")[0]
+
+
+def _is_changed(root: Path, name: str, digest: str) -> bool:
+    path = root / name
+    return not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest
+
+
+def _is_orphan(name: str, written: Collection[str]) -> bool:
     """Whether no notebook writes a file any more, so that comparing it would say nothing."""
     stem = name.removesuffix(".json").removesuffix(".csv").removesuffix(".meta")
     kinds = (".csv", ".json", ".safetensors", ".png")
@@ -167,28 +188,45 @@ def main(preset: str, root: Path = ROOT) -> int:
         print(f"nothing is committed for preset {preset}", file=sys.stderr)
         return 1
     written = written_files(preset, root)
-    values, problems, differences = 0, [], []
+    if not written:
+        print(f"no notebook was run here: make reproduce PRESET={preset}", file=sys.stderr)
+        return 1
+    changed = {
+        name
+        for results in written.values()
+        for name, digest in results.items()
+        if _is_changed(root, name, digest)
+    }
+    problems = [f"{name}: not what its notebook wrote here" for name in sorted(changed)]
+    compared, values, differences = 0, 0, []
     for name in names:
-        if not (root / name).exists():
-            problems.append(f"{name}: missing")
-        elif _is_orphan(name, written):
+        results = written.get(_notebook_of(name))
+        if results is None or name in changed:
+            continue
+        if _is_orphan(name, results):
             problems.append(f"{name}: no notebook writes it any more")
+        elif not (root / name).exists():
+            problems.append(f"{name}: missing")
         else:
             committed = _git(root, "show", f"HEAD:{name}")
             count, found = compare(name, committed, (root / name).read_bytes())
-            values, differences = values + count, differences + found
-    _report(preset, len(names), values, problems, differences)
+            compared, values, differences = compared + 1, values + count, differences + found
+    others = sorted({_notebook_of(name) for name in names} - written.keys())
+    _report(
+        f"{preset}: {values} values in {compared} committed files", others, problems, differences
+    )
     return 1 if problems or differences else 0
 
 
 def _report(
-    preset: str,
-    files: int,
-    values: int,
-    problems: list[str],
-    differences: list[Difference],
+    what: str,
+    others: Sequence[str],
+    problems: Sequence[str],
+    differences: Sequence[Difference],
 ) -> None:
-    print(f"{preset}: {values} values in {files} committed files compared with this run")
+    print(f"{what} compared with what was run here")
+    if others:
+        print(f"  not run here, so not compared: {', '.join(others)}")
     for problem in problems:
         print(f"  {problem}")
     worst = sorted(differences, key=lambda difference: -difference.size)

@@ -20,7 +20,8 @@ PARAMETERS = 'preset = "mini"\nseed = 0\nsteps = None'
 @pytest.fixture(autouse=True)
 def outside_of_make(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets tests run alike by hand and under `make test`."""
-    for name in ("BF_HEADLESS", "BF_PROGRESS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PARAMS"):
+    options = ("PARAMS", "PRESET", "SEED")
+    for name in ("BF_HEADLESS", "BF_PROGRESS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", *options):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -34,19 +34,19 @@ def status(value, **bounds):
 @pytest.mark.parametrize(
     ("value", "bounds", "expected"),
     [
-        (0.5, {"low": 0.4, "high": 0.6}, "reproduced"),
-        (0.4, {"low": 0.4, "high": 0.4}, "reproduced"),
-        (0.7, {"low": 0.4, "high": 0.6}, "differs"),
-        (0.3, {"low": 0.4}, "differs"),
-        (0.7, {"high": 0.6}, "differs"),
-        (0.5, {"low": 0.4, "expected": 0.9}, "reproduced"),  # bounds decide where there are any
-        (256, {"expected": 256}, "reproduced"),
-        (np.int64(255), {"expected": 256}, "differs"),
-        ("conv", {"expected": "conv"}, "reproduced"),
-        (True, {"expected": True}, "reproduced"),
-        (math.nan, {"low": 0.0}, "differs"),
-        (math.nan, {"high": 0.0}, "differs"),
-        (math.nan, {"expected": 0.0}, "differs"),
+        (0.5, {"low": 0.4, "high": 0.6}, "holds"),
+        (0.4, {"low": 0.4, "high": 0.4}, "holds"),
+        (0.7, {"low": 0.4, "high": 0.6}, "fails"),
+        (0.3, {"low": 0.4}, "fails"),
+        (0.7, {"high": 0.6}, "fails"),
+        (0.5, {"low": 0.4, "expected": 0.9}, "holds"),  # bounds decide where there are any
+        (256, {"expected": 256}, "holds"),
+        (np.int64(255), {"expected": 256}, "fails"),
+        ("conv", {"expected": "conv"}, "holds"),
+        (True, {"expected": True}, "holds"),
+        (math.nan, {"low": 0.0}, "fails"),
+        (math.nan, {"high": 0.0}, "fails"),
+        (math.nan, {"expected": 0.0}, "fails"),
         (None, {"low": 0.0}, "not attempted"),
     ],
 )
@@ -78,7 +78,7 @@ def test_failing_checks_raise_together_at_the_end_and_are_written(run):
     assert "rows: got 767, expected 768" in str(caught.value)
     assert "error: got nan, expected within [0, 1]" in str(caught.value)
     written = gather("mini", run.root).set_index("name")
-    assert written.status.tolist() == ["differs", "differs", "reproduced"]
+    assert written.status.tolist() == ["fails", "fails", "holds"]
     assert written.value["error"] == "nan"
     assert (run.folder / "render.json").exists()
 
@@ -115,7 +115,7 @@ def test_claims_are_shown_rounded(run):
     run.check("rows", 768, expected=768)
     assert run.finish().values.tolist() == [
         ["share", "0.6667", "0.61 to 0.7244", "0.6", "", "0.685", "Fig. 2", "reproduced"],
-        ["rows", "768", "", "", "", "768", "", "reproduced"],
+        ["rows", "768", "", "", "", "768", "", "holds"],
     ]
 
 

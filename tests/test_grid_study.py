@@ -18,15 +18,16 @@ def weights():
 
 
 def test_each_layer_has_a_row_for_each_method_and_bit_width(weights):
-    table = grid_errors(weights, (1, 2, 3))
-    assert len(table) == 2 * 3 * 5
+    table = grid_errors(weights.items(), (1, 2, 3))
+    assert len(table) == 2 * 3 * 6
     levels = table.groupby("method")["levels"].unique().map(sorted)
     assert levels["plain minmax"] == levels["plain alternating"] == [2, 4, 8]
+    assert levels["shifted alternating"] == [2, 4, 8]
     assert levels["minmax"] == levels["alternating"] == levels["optimal"] == [3, 5, 9]
 
 
 def test_no_scale_beats_the_optimum_and_a_fine_search_finds_it(weights):
-    table = grid_errors(weights, (1, 2)).pivot(
+    table = grid_errors(weights.items(), (1, 2)).pivot(
         index=["layer", "levels"], columns="method", values="relative_mse"
     )
     balanced = table.dropna(subset="optimal")
@@ -43,7 +44,7 @@ def test_no_scale_beats_the_optimum_and_a_fine_search_finds_it(weights):
 
 
 def test_the_excess_falls_to_zero_or_stops_above_it(weights):
-    table = convergence(weights, (3, 9), (0, 1, 10))
+    table = convergence(weights.items(), (3, 9), (0, 1, 10))
     assert (table.excess > -1e-6).all()
     by_step = table.pivot(index=["layer", "levels"], columns="steps", values="excess")
     assert (by_step[0] >= by_step[1] - 1e-6).all()

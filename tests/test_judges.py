@@ -8,6 +8,7 @@ from torch import nn
 from bf_lib.drawing import draw_many
 from bf_lib.judges import CELL, SceneJudge, load_clip_judge, load_scene_judge, read_scenes
 from bf_lib.mini import TOKENS, to_float, tokenize
+from bf_lib.model_card import retrieval
 from bf_lib.models import MODELS
 from bf_lib.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, sample_medley, sample_scene
 from bf_lib.train_judges import ClipTask, SceneTask, _targets
@@ -80,7 +81,13 @@ def test_images_are_judged_one_by_one():
         assert [(s.shape, s.colour) for s in a] == [(s.shape, s.colour) for s in b]
 
 
-def test_the_shipped_clip_judge_knows_its_words():
+def test_the_shipped_clip_judge_picks_the_right_caption_and_image():
+    clip, tokenizer = load_clip_judge(MODELS["mini"])
+    to_text, to_image = retrieval(clip, tokenizer, seed=1)  # the model card has seed 0
+    assert min(to_text, to_image) > 0.92
+
+
+def test_the_clip_judge_embeds_texts_at_unit_length():
     clip, tokenizer = load_clip_judge(MODELS["mini"])
     tokens = tokenize(tokenizer, ["a red star", "three blue rings above a moon"])
     assert tokens.shape == (2, TOKENS)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -10,6 +11,7 @@ from toys import UNET, toy_pipeline
 
 from bf_lib.layers import all_layers, get_layer, layer_table, list_layers
 from bf_lib.models import MODELS, ModelNotFound, load_pipeline, meta_unet
+from bf_lib.paths import ROOT
 
 # Diffusers turns tensors into arrays in a way that NumPy 2 will not know for ever.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -54,6 +56,16 @@ def test_a_folder_may_be_given_as_text_and_loads_in_the_type_asked_for(saved):
 def test_names_stand_for_folders(saved, monkeypatch):
     monkeypatch.setitem(MODELS, "mini", saved)
     assert load_pipeline("mini").unet.config.sample_size == UNET["sample_size"]
+
+
+def test_the_model_card_of_mini_shows_code_that_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    card = (MODELS["mini"] / "README.md").read_text()
+    code = [line.removeprefix("    ") for line in card.splitlines() if line.startswith("    ")]
+    names: dict = {}
+    exec("\n".join(code), names)  # with the types that diffusers chooses, not load_pipeline
+    (image,) = names["images"]
+    assert np.asarray(image).shape == (64, 64, 3) and np.asarray(image).std() > 10
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -52,8 +52,8 @@ def test_the_notebooks_are_there():
     assert {path.stem for path in SOURCES} >= EXPECTED
 
 
-def test_no_rendered_copy_is_left_over():
-    assert {path.name for path in RENDERED} <= {path.name for path in SOURCES}
+def test_every_notebook_has_a_rendered_copy_and_none_is_left_over():
+    assert {path.name for path in RENDERED} == {path.name for path in SOURCES}
 
 
 # ---- sources -----------------------------------------------------------------------------------

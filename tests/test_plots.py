@@ -74,6 +74,14 @@ def test_sensitivity_bars_are_the_metric_in_order_of_execution(rows, metric):
     figure.canvas.draw()
 
 
+def test_labels_of_blocks_stay_apart(rows):
+    figure = plots.sensitivity_bars(rows, "mse")
+    figure.canvas.draw()
+    labels = [label.get_window_extent() for label in figure.axes[-1].get_xticklabels(which="both")]
+    assert len(labels) == 9
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
+
+
 def test_sensitivity_by_role_shows_each_layer_once(rows):
     figure = plots.sensitivity_by_role(rows, bits=2)
     figure.canvas.draw()
@@ -111,7 +119,8 @@ def test_a_layer_card_marks_its_layer(rows):
 
 
 def test_curves_of_grids():
-    methods = ["plain minmax", "plain alternating", "minmax", "alternating", "optimal"]
+    methods = ["plain minmax", "plain alternating", "shifted alternating"]
+    methods += ["minmax", "alternating", "optimal"]
     errors = pd.DataFrame(
         [
             (f"layer {i}", method, levels, 0.5 / levels**2 * (1 + 0.1 * i))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import bf_lib.run
 from bf_lib import figures
 from bf_lib.artifacts import MissingArtifact
 from bf_lib.run import Run
@@ -115,10 +116,15 @@ def test_what_changes_from_run_to_run_is_apart(run):
     assert {"commit", "dirty"} == set(record["code"])
 
 
-def test_a_figure_of_tables_is_drawn_again_to_the_same_bytes(run, tmp_path, capsys):
+def test_a_figure_of_tables_is_shown_and_drawn_again_to_the_same_bytes(
+    run, tmp_path, capsys, monkeypatch
+):
     run.save_table(ROWS, "rows")
-    figure = run.save_figure(lines, "lines", **CALL, colour="C1", sizes=(2, 3))
-    assert isinstance(figure, Figure) and not plt.get_fignums()  # shown once, by the cell
+    shown = []
+    monkeypatch.setattr(bf_lib.run, "display", lambda *what, **_: shown.extend(what))
+    run.save_figure(lines, "lines", **CALL, colour="C1", sizes=(2, 3))
+    assert not plt.get_fignums()  # or the cell would show it again
+    assert isinstance(shown[0], Figure) and shown[1].data == f"*{CALL['caption']}*"
     saved = {path: path.read_bytes() for path in (tmp_path / "figures/mini").iterdir()}
     assert {path.name for path in saved} == {
         f"03_toy-lines.{kind}" for kind in ("png", "svg", "json")
@@ -133,7 +139,7 @@ def test_a_figure_of_tables_is_drawn_again_to_the_same_bytes(run, tmp_path, caps
 
 def test_a_drawn_figure_is_kept_but_not_drawn_again(run, tmp_path, capsys):
     strip, _ = plt.subplots()
-    assert run.save_figure(strip, "strip", caption="Images.") is strip
+    run.save_figure(strip, "strip", caption="Images.")
     before = (tmp_path / "figures/mini/03_toy-strip.png").read_bytes()
     assert figures.main("mini", tmp_path) == 0
     assert (tmp_path / "figures/mini/03_toy-strip.png").read_bytes() == before

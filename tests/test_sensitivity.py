@@ -9,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from toys import toy_unet
 
+from bf_lib import sensitivity
 from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.layers import get_layer, list_layers
+from bf_lib.metrics import load_metrics
 from bf_lib.models import load_pipeline
 from bf_lib.paths import ROOT
 from bf_lib.protocol import study_layers, study_prompts
@@ -79,7 +83,7 @@ def test_rows_are_complete_and_compare_with_full_precision(rows):
     assert set(found) == {(None, None)} | {(name, b) for name in LAYERS for b in (1, 2)}
     reference = found[None, None]
     assert reference["mse"] == [0, 0]
-    assert reference["lpips"] == [0, 0]
+    assert reference["perceptual"] == [0, 0]
     assert np.isfinite(reference["psnr"]).all()  # identical images count as one value off by one
     for name in LAYERS:
         worse, better = found[name, 1], found[name, 2]
@@ -99,8 +103,10 @@ def test_the_table_averages_over_prompts(rows):
     drop = np.mean(found[None, None]["clip"]) - np.mean(first["clip"])
     assert frame.clip_drop[0] == pytest.approx(drop)
     tensors = per_prompt(rows, frame)
-    assert tensors["mse"].shape == (4, 2)
-    torch.testing.assert_close(tensors["clip"][0], torch.tensor(first["clip"]))
+    assert set(tensors) == {"mse", "psnr", "perceptual", "clip", "clip_drop"}
+    for name, values in tensors.items():
+        assert values.shape == (4, 2)
+        np.testing.assert_allclose(values.mean(dim=1), frame[name], err_msg=name)
 
 
 def test_any_number_of_processes_gives_the_same_rows(rows, tmp_path):
@@ -109,35 +115,49 @@ def test_any_number_of_processes_gives_the_same_rows(rows, tmp_path):
 
 
 SCRIPT = """
-import sys
+import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_sensitivity import SWEEP
 from bf_lib.sensitivity import run_sweep
 if __name__ == "__main__":
-    for row in run_sweep(SWEEP, Path({path!r})):
-        pass
+    rows = run_sweep(SWEEP, Path({path!r}), workers=2)
+    next(rows)
+    time.sleep(600)
 """
 
 
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_killed_sweep_goes_on_with_the_same_result(rows, tmp_path):
+    """Though it takes one row and then looks away, all that are finished are kept."""
     path, script = tmp_path / "rows.jsonl", tmp_path / "sweep.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(path)))
     running = subprocess.Popen([sys.executable, str(script)], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not path.exists() or path.read_text().count("\n") < 3:
-        assert running.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: path.exists() and path.read_text().count("\n") >= 4)
+    workers = psutil.Process(running.pid).children(recursive=True)
+    assert len(workers) >= 2
     running.send_signal(signal.SIGKILL)
     running.wait()
+    wait_until(lambda: not any(is_alive(worker) for worker in workers), seconds=30)
     kept = path.read_text().split("\n")[:-1][1:]
-    assert len(kept) < len(rows), "it was killed too late to show anything"
-    path.write_text(path.read_text() + '{"layer": "half a li')  # as a kill may leave it
+    kept = kept[: len(rows) - 2]  # had it been killed later, there would be nothing to resume
+    header = path.read_text().split("\n")[0]
+    # A kill may leave half a line, and another process may write its own behind it.
+    path.write_text("\n".join([header, *kept[:-1], '{"layer": "half a li' + kept[-1], ""]))
     resumed = list(run_sweep(SWEEP, path))
-    assert [json.loads(line) for line in kept] == resumed[: len(kept)]
+    assert [json.loads(line) for line in kept[:-1]] == resumed[: len(kept) - 1]
     assert by_candidate(resumed) == by_candidate(rows)
     assert len(path.read_text().split("\n")[:-1]) == 1 + len(rows)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_rows_of_other_settings_are_not_mixed_in(rows, tmp_path):
@@ -151,22 +171,94 @@ def test_rows_of_other_settings_are_not_mixed_in(rows, tmp_path):
     assert len(path.read_text().split("\n")[:-1]) == 1 + len(other)
 
 
-def test_the_header_knows_model_code_and_versions(tmp_path):
+REFERENCE = replace(SWEEP, layers=(), bits=(1,))  # full precision alone
+
+
+@pytest.fixture
+def marked(tmp_path) -> Path:
+    """Rows on file, one of them marked, so that one that is computed anew can be told."""
     path = tmp_path / "rows.jsonl"
-    list(run_sweep(replace(SWEEP, layers=(), bits=(1,)), path))
-    header = json.loads(path.read_text().split("\n")[0])
-    assert set(header) == {"sweep", "weights", "code", "versions"}
-    # A header of other code: the row is computed again, not read.
-    lines = path.read_text().split("\n")
-    lines[1] = json.dumps(json.loads(lines[1]) | {"weight_mse": 99.0})
-    path.write_text("\n".join([json.dumps(header | {"code": "sha256:0"}), *lines[1:]]))
-    (row,) = run_sweep(replace(SWEEP, layers=(), bits=(1,)), path)
+    (row,) = run_sweep(REFERENCE, path)
+    header = path.read_text().split("\n")[0]
+    path.write_text("\n".join([header, json.dumps(row | {"weight_mse": 99.0}), ""]))
+    return path
+
+
+def change_unet(pipe):
+    with torch.no_grad():
+        pipe.unet.conv_in.bias[0] += 1e-3
+
+
+def change_scheduler(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+
+
+def change_scale(pipe):
+    pipe.vae.register_to_config(scaling_factor=1.5)
+
+
+def test_rows_of_the_same_sweep_are_kept(marked):
+    (row,) = run_sweep(REFERENCE, marked)
+    assert row["weight_mse"] == 99.0
+
+
+@pytest.mark.parametrize("change", [change_unet, change_scheduler, change_scale])
+def test_rows_of_another_model_are_discarded(change, marked, monkeypatch):
+    def load(self, device):
+        pipe = load_pipeline("mini", device=device)
+        change(pipe)
+        return pipe
+
+    monkeypatch.setattr(Sweep, "load", load)
+    (row,) = run_sweep(REFERENCE, marked)
     assert row["weight_mse"] == 0.0
+
+
+def test_rows_of_another_judge_are_discarded(marked, monkeypatch):
+    def load(name, device="cpu"):
+        perceptual, clip = load_metrics(name, device)
+        with torch.no_grad():
+            clip.model.logit_scale += 1
+        return perceptual, clip
+
+    monkeypatch.setattr(sensitivity, "load_metrics", load)
+    (row,) = run_sweep(REFERENCE, marked)
+    assert row["weight_mse"] == 0.0
+
+
+@pytest.mark.parametrize("what", ["versions", "library_digest"])
+def test_rows_of_other_code_and_libraries_are_discarded(what, marked, monkeypatch):
+    monkeypatch.setattr(sensitivity, what, lambda *_: "another")
+    (row,) = run_sweep(REFERENCE, marked)
+    assert row["weight_mse"] == 0.0
+
+
+def test_unknown_layers_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no such quantizable layers: \['conv_in', 'typo'\]"):
+        next(run_sweep(replace(SWEEP, layers=("typo", "conv_in", *LAYERS)), tmp_path / "rows"))
+
+
+def test_a_layer_that_cannot_be_quantized_is_named():
+    unet = toy_unet()
+    name = "mid_block.resnets.0.conv1"
+    with torch.no_grad():
+        get_layer(unet, name).weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"{name}: "), quantized(unet, name, 3):
+        pass
 
 
 def test_prompts_and_seeds_must_pair_up():
     with pytest.raises(ValueError, match="2 prompts with 1 seeds"):
         replace(SWEEP, seeds=(0,))
+
+
+def test_a_study_gives_its_seed_to_the_noise_and_its_metrics_to_the_model():
+    study, prompts, layers = Study.of("mini"), ["a", "b"], list_layers(toy_unet())
+    assert Sweep.of(study, prompts, layers).seeds == (0, 1)
+    assert Sweep.of(study, prompts, layers, seed=3).seeds == (6, 7)
+    assert Sweep.of(study, prompts, layers).metrics == "mini"
+    other = Study.of("mini", model="runwayml/stable-diffusion-v1-5")
+    assert Sweep.of(other, prompts, layers).metrics == "sd15"
 
 
 def test_a_study_takes_layers_spread_over_the_unet():

@@ -15,8 +15,8 @@ def test_presets_are_the_sizes_of_the_design():
     smoke, mini, paper = (Study.of(preset) for preset in ("smoke", "mini", "sd15"))
     assert smoke.model == mini.model == "mini"
     assert (smoke.prompts, smoke.steps, smoke.layers) == (2, 2, 6)
-    assert (mini.prompts, mini.layers, mini.resolution) == (32, None, 64)
-    assert (paper.prompts, paper.steps, paper.guidance, paper.resolution) == (100, 50, 7.5, 512)
+    assert (mini.prompts, mini.layers, mini.workers) == (32, None, 2)
+    assert (paper.prompts, paper.steps, paper.guidance) == (100, 50, 7.5)
 
 
 def test_overrides():

@@ -98,9 +98,9 @@ def test_all_rounds_are_trained_and_their_logs_counted_on(tmp_path, monkeypatch)
     log = train_mini.train_unet(tmp_path)
     plans = [part.plan for part in train_mini.ROUNDS]
     assert trained == [(i, plan, f"unet_{i + 1}") for i, plan in enumerate(plans)]
-    done = plans[0].steps
-    assert log.step.tolist() == [20, 40, done + 20, done + 40]
-    assert log["round"].tolist() == [1, 1, 2, 2]
+    ends = [sum(plan.steps for plan in plans[:i]) for i in range(len(plans))]
+    assert log.step.tolist() == [end + step for end in ends for step in (20, 40)]
+    assert log["round"].tolist() == [1, 1, 2, 2, 3, 3]
 
 
 def test_only_the_unet_learns_from_the_generators_loss(trained):

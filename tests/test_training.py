@@ -1,5 +1,6 @@
 """The training loop: the same result after a kill, and nothing kept of another training."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -124,6 +126,31 @@ def test_another_training_starts_over(make, plan, whole, tmp_path):
     assert changed.keys() == fresh.keys()
     assert all(torch.equal(changed[name], fresh[name]) for name in fresh)
     assert read_log(tmp_path / "changed").step.tolist() == [20, 40, 60]
+    replaced = load_file(tmp_path / "changed" / "replaced.safetensors")
+    assert all(torch.equal(value, replaced[name]) for name, value in saved(whole).items())
+
+
+def test_another_number_of_processes_is_another_training(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "one")
+    fit(Line, PLAN, tmp_path / "one", processes=1)
+    assert not torch.equal(saved(tmp_path / "one")["now/weight"], saved(whole)["now/weight"])
+
+
+def test_the_last_digits_of_another_processor_start_nothing_over(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "moved")
+    checkpoint = tmp_path / "moved" / "checkpoint.safetensors"
+    with safe_open(checkpoint, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+    state["untrained"]["loss"] *= 1 + 1e-6
+    save_file(saved(whole), checkpoint, {"state": json.dumps(state)})
+    before = checkpoint.stat().st_mtime_ns
+    fit(Line, PLAN, tmp_path / "moved")
+    assert checkpoint.stat().st_mtime_ns == before
+
+
+def test_the_last_steps_are_logged_though_they_are_few(tmp_path):
+    fit(Line, replace(PLAN, steps=25), tmp_path, processes=1)
+    assert read_log(tmp_path).step.tolist() == [20, 25]
 
 
 def test_gradients_are_averaged_over_processes(tmp_path):
@@ -156,10 +183,13 @@ def test_the_rate_rises_stays_and_falls():
 
 
 def test_impossible_plans_and_missing_weights_are_refused(whole, tmp_path):
-    for wrong in ({"steps": 0}, {"batch": 0}, {"decay": 1.5}, {"ema": 1.0}):
+    wrong_values = {"steps": 0, "batch": 0, "decay": 1.5, "ema": 1.0, "save_every": 30, "lr": -1.0}
+    for wrong in ({name: value} for name, value in wrong_values.items()):
         with pytest.raises(ValueError, match="impossible training plan"):
             replace(PLAN, **wrong)
     with pytest.raises(ValueError, match="cannot be shared"):
         fit(Line, replace(PLAN, batch=3), tmp_path)
     with pytest.raises(ValueError, match="holds no weights"):
         load_ema(nn.Sequential(nn.Linear(1, 1)), whole)
+    with pytest.raises(ValueError, match="weights of another model: \\['bias'\\]"):
+        load_ema(nn.Linear(1, 1, bias=False), whole)

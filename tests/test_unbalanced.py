@@ -13,6 +13,7 @@ from bf_lib.unbalanced import (
     fixed_grid,
     minmax_grid,
     quantize_unbalanced,
+    shifted_grid,
 )
 
 BITS = (1, 2, 3, 4, 8)
@@ -53,6 +54,24 @@ def test_two_bits_are_minus_two_to_one():
 def test_one_bit_keeps_one_sign():
     weight = torch.tensor([[-2.0, -1.5, 0.0, 1.0, 2.0]])
     assert fake_quantize_unbalanced(weight, fixed_grid(weight, 1), 1).unique().tolist() == [-2, 0]
+
+
+@pytest.mark.parametrize("bits", BITS[:-1])
+def test_half_shifted_levels_are_odd_halves(bits):
+    weight = gaussian()
+    grid = shifted_grid(weight, bits)
+    steps = fake_quantize_unbalanced(weight, grid, bits) / grid.scale
+    halves = torch.arange(2**bits) - (2**bits - 1) / 2
+    nearest = (weight / grid.scale).unsqueeze(-1) - halves
+    torch.testing.assert_close(steps, halves[nearest.abs().argmin(-1)], rtol=1e-5, atol=1e-5)
+
+
+def test_one_half_shifted_bit_is_the_sign_times_the_mean_magnitude():
+    weight = gaussian(8, 4000)
+    grid = alternating_grid(weight, 1, shifted_grid(weight, 1), steps=3)
+    kept = fake_quantize_unbalanced(weight, grid, 1)
+    torch.testing.assert_close(kept, weight.sign() * weight.abs().mean(1, keepdim=True))
+    assert relative_mse(weight, kept) == pytest.approx(1 - 2 / torch.pi, rel=0.02)
 
 
 def test_alternating_steps_never_raise_the_error():

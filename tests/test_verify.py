@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 
 import pandas as pd
@@ -24,6 +25,13 @@ def save(root, rows, claims, written=WRITTEN):
     artifacts.save_table(rows, folder / "rows.csv", ORIGIN)
     artifacts.save_json(claims, folder / "claims.json", ORIGIN)
     artifacts.write_json({"artifacts": written, "wall_s": 1.0}, folder / "render.json")
+    stamp = root / "build/mini/03_toy.done"
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.write_text("".join(f"{digest(root / name)} {name}\n" for name in written))
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 CLAIMS = [{"name": "share", "value": 0.5, "status": "reproduced", "interval": [0.4, 0.6]}]
@@ -68,10 +76,32 @@ def test_more_and_fewer_rows_differ(root, capsys):
     assert "row 2/mse: committed 200.0, now None" in capsys.readouterr().out
 
 
-def test_what_is_missing_or_no_longer_written_is_said(root, capsys):
-    (root / "data/runs/mini/03_toy/claims.json").unlink()
+def test_what_no_notebook_wrote_here_does_not_count_as_fresh(root, capsys):
+    rows = root / "data/runs/mini/03_toy/rows.csv"
+    save(root, ROWS.assign(mse=[1.0, 2.0]), CLAIMS)
+    git(root, "checkout", "--", str(rows))  # the committed file, and nothing that was run
     assert verify.main("mini", root) == 1
-    assert "claims.json: missing" in capsys.readouterr().out
+    assert "rows.csv: not what its notebook wrote here" in capsys.readouterr().out
+    rows.unlink()
+    assert verify.main("mini", root) == 1
+    assert "rows.csv: not what its notebook wrote here" in capsys.readouterr().out
+    (root / "build/mini/03_toy.done").unlink()
+    assert verify.main("mini", root) == 1
+    assert "no notebook was run here" in capsys.readouterr().err
+
+
+def test_notebooks_that_were_not_run_are_named_and_not_compared(root, capsys):
+    other = root / "data/runs/mini/90_other/rows.csv"
+    artifacts.save_table(ROWS, other, ORIGIN)
+    git(root, "add", "--all")
+    git(root, "commit", "--message", "another")
+    artifacts.save_table(ROWS.assign(mse=[1.0, 2.0]), other, ORIGIN)
+    assert verify.main("mini", root) == 0
+    said = capsys.readouterr().out
+    assert "not run here, so not compared: 90_other" in said and "4 committed files" in said
+
+
+def test_what_is_no_longer_written_is_said(root, capsys):
     save(root, ROWS, CLAIMS, written=WRITTEN[1:])
     assert verify.main("mini", root) == 1
     assert "rows.csv: no notebook writes it any more" in capsys.readouterr().out

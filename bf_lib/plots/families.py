@@ -52,7 +52,14 @@ def family_legend(figure: Figure, families: list[str], **options: object) -> Non
 
 
 def mark_blocks(axis: Axes, layers: pd.DataFrame) -> None:
-    """Labels the axis of depth by the first layer of each block."""
-    starts = layers.groupby("block").depth.min().sort_values()
-    axis.set_xticks(starts - 0.5, starts.index, rotation=45, ha="left", fontsize=7)
-    axis.margins(x=0.005)
+    """Labels the axis of depth by the blocks, and draws lines between them."""
+    spans = layers.groupby("block").depth.agg(["min", "max"]).sort_values("min")
+    middle = spans.mean(axis=1)
+    low = ["down3"]  # it has four layers, too few for a label beside that of mid
+    axis.set_xticks(middle.drop(low), middle.index.drop(low), fontsize=7)
+    axis.set_xticks(middle[low], low, fontsize=7, minor=True)
+    axis.tick_params(axis="x", which="minor", length=0, pad=12)
+    axis.tick_params(axis="x", length=0)
+    for end in spans["max"].iloc[:-1]:
+        axis.axvline(end + 0.5, color="#bbbbbb", lw=0.5, zorder=0)
+    axis.set_xlim(layers.depth.min() - 0.5, layers.depth.max() + 0.5)

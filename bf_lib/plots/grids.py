@@ -14,6 +14,7 @@ from bf_lib.pictures import WIDTH
 SCALES = {  # way to choose the scale -> its label, colour and marker
     "plain minmax": ("plain $2^b$ levels, min-max", "#999999", "x"),
     "plain alternating": ("plain $2^b$ levels, alternating", "#E69F00", "D"),
+    "shifted alternating": ("half-shifted $2^b$ levels, alternating", "#009E73", "v"),
     "minmax": ("min-max", "#D55E00", "s"),
     "alternating": ("alternating, 10 steps", "#56B4E9", "^"),
     "optimal": ("optimum", "#0072B2", "o"),
@@ -79,7 +80,7 @@ def error_by_levels(errors: pd.DataFrame) -> Figure:
     left.set(yscale="log", xlabel="bits per weight, log2(levels)", ylabel="relative squared error")
     right.axhline(0, ls="--", color="#444444")
     right.set(xlabel="bits per weight, log2(levels)", ylabel="median, dB above the bound")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -109,8 +110,8 @@ def steps_to_converge(excess: pd.DataFrame) -> Figure:
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
     )
-    axis.set(yscale="symlog", xlabel="alternating steps from min-max")
-    axis.set(ylabel="error above the optimum's (%)")
     axis.set_yscale("symlog", linthresh=0.1)
+    axis.set(xlabel="alternating steps from min-max", ylabel="error above the optimum's (%)")
+    axis.set_ylim(0, 200 * excess.excess.max() + 0.1)
     axis.legend()
     return figure

@@ -16,9 +16,11 @@ from bf_lib.plots.families import FAMILIES, family_legend, family_of, mark_block
 METRICS = {
     "mse": "MSE (0-255 units, squared)",
     "psnr": "PSNR (dB)",
-    "lpips": "perceptual distance",
+    "perceptual": "perceptual distance",
     "clip_drop": "CLIP score drop",
 }
+
+LOGARITHMIC = ("mse", "perceptual")  # they spread over orders of magnitude
 
 
 def sensitivity_bars(rows: pd.DataFrame, metric: str) -> Figure:
@@ -30,13 +32,19 @@ def sensitivity_bars(rows: pd.DataFrame, metric: str) -> Figure:
     """
     bits = sorted(rows.bits.unique())
     size = (WIDTH, 1.35 * len(bits) + 0.9)
-    figure, axes = plt.subplots(len(bits), 1, figsize=size, sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(bits), 1, figsize=size, sharex=True, sharey=metric in LOGARITHMIC, squeeze=False
+    )
     for axis, b in zip(axes[:, 0], bits, strict=True):
         part = rows[rows.bits == b].sort_values("depth")
         colours = part.role.map(family_of).map(FAMILIES)
         axis.bar(part.depth, part[metric], color=colours, width=1.0)
         axis.set_ylabel(f"{b} bit" + ("s" if b > 1 else ""))
-        axis.axhline(0, color="#444444", lw=0.5)
+        if metric in LOGARITHMIC:
+            axis.set_yscale("log")
+        else:
+            axis.axhline(0, color="#444444", lw=0.5)
+    figure.align_ylabels()
     mark_blocks(axes[-1, 0], rows)
     figure.supylabel(METRICS[metric], fontsize=9)
     axes[-1, 0].set_xlabel("layer, in order of execution")
@@ -67,7 +75,7 @@ def sensitivity_by_role(rows: pd.DataFrame, bits: int = 1) -> Figure:
 def layer_card(
     layer: str,
     bits: int,
-    codes: Array,
+    steps: Array,
     rows: pd.DataFrame,
     images: Mapping[str, Array],
 ) -> Figure:
@@ -76,7 +84,7 @@ def layer_card(
     Arguments:
         layer: The layer's name.
         bits: The paper's b.
-        codes: Its weights over the scale of their channel, before rounding.
+        steps: Its weights over the scale of their channel, before rounding.
         rows: The table of the sweep.
         images: Rows of images (n, h, w, 3) by name.
     """
@@ -84,10 +92,15 @@ def layer_card(
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     draw_rows(above, images)
     left, right = below.subplots(1, 2)
-    left.hist(codes, bins=120, color="#bbbbbb")
+    left.hist(steps, bins=120, color="#bbbbbb")
     for level in range(-(2 ** (bits - 1)), 2 ** (bits - 1) + 1):
         left.axvline(level, color="#0072B2", lw=0.8)
     left.set(yticks=[], xlabel="weight / scale; lines are the levels", title=short(layer))
+    values = rows[(rows.bits == bits) & (rows.layer == layer)].squeeze()
+    right.set_title(
+        f"MSE {values.mse:.3g}, PSNR {values.psnr:.1f} dB,\nperceptual {values.perceptual:.3g}, "
+        f"CLIP drop {values.clip_drop:.3g}"
+    )
     ranked = rows[rows.bits == bits].sort_values("mse", ignore_index=True)
     right.plot(ranked.index, ranked.mse, color="#999999")
     place = ranked.index[ranked.layer == layer]
