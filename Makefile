@@ -6,11 +6,12 @@
 PRESET ?= mini
 SEED   ?= 0
 PARAMS ?=
+CONDA  := $(shell command -v micromamba || command -v mamba || command -v conda)
 ENV    := .venv
 
 # `make PY=python` uses an environment that is already active, instead of making one.
 ifeq ($(origin PY),undefined)
-PY    := $(CURDIR)/$(ENV)/bin/python
+PY    := $(ENV)/bin/python
 READY := $(ENV)/.installed
 endif
 
@@ -23,7 +24,7 @@ STUDY := $(patsubst notebooks/%.ipynb,%,$(sort $(wildcard notebooks/[0-8][0-9]_*
 MINI  := 90_train_mini
 
 # Float sums depend on the number of threads, so it is fixed here and not left to the machine.
-export OMP_NUM_THREADS      ?= 1
+export OMP_NUM_THREADS      := 1
 export MKL_NUM_THREADS      := $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS := $(OMP_NUM_THREADS)
 export PARAMS
@@ -50,22 +51,29 @@ help:
 	@echo 'make lint        ruff'
 	@echo 'make clean       remove stamps, logs and the site; a half-trained model stays'
 	@echo
-	@echo 'Options: PRESET=$(PRESET) SEED=$(SEED) PARAMS="name=value ..." (single parameters of the'
-	@echo 'notebooks), PY=python (an environment that is active already), -j2 (two notebooks at once).'
+	@echo 'Options: PRESET=$(PRESET), SEED=$(SEED), PARAMS="03_sensitivity.guidance=1 ..." (parameters'
+	@echo 'of single notebooks), PY=python (an environment that is active already), CONDA= (a venv,'
+	@echo 'though there is conda), -j2 (two notebooks at once).'
 
 # ---- environment -------------------------------------------------------------------------------
 
 env: $(READY)
 
 # The stamp comes last, so an environment that was interrupted is completed by the next command. A
-# folder in which pip does not run is half an environment: it is removed, if it is one at all.
+# folder in which no new enough python has pip is half an environment, or one of another time: it
+# is removed, if it is one at all. A conda that fails is no reason to fail.
+FIT := import pip, ssl, sys; sys.exit(sys.version_info < (3, 11))
+
 $(ENV)/.installed: pyproject.toml constraints.txt
-	@$(ENV)/bin/python -c 'import pip, ssl' 2>/dev/null || { \
-	    if [ -f $(ENV)/pyvenv.cfg ] || [ -d $(ENV)/conda-meta ]; then rm -rf $(ENV); fi; \
-	    conda=$$(command -v micromamba || command -v mamba || command -v conda || true); \
-	    base=$$(python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3); \
-	    if [ -n "$$conda" ]; then "$$conda" env create --yes -p $(ENV) -f environment.yml; \
-	    else "$$base" -m venv $(ENV); fi; }
+	@$(ENV)/bin/python -c '$(FIT)' 2>/dev/null || { \
+	    drop() { if [ -f $(ENV)/pyvenv.cfg ] || [ -d $(ENV)/conda-meta ]; then rm -rf $(ENV); fi; }; \
+	    drop; \
+	    if [ -n "$(CONDA)" ] && "$(CONDA)" env create --yes -p $(ENV) -f environment.yml; then exit; fi; \
+	    drop; \
+	    for base in python3.11 python3.12 python3.13 python3; do \
+	        if $$base -c '$(FIT)' 2>/dev/null && $$base -m venv $(ENV); then exit; fi; \
+	    done; \
+	    echo 'needs conda, or Python 3.11 or later with venv (Debian: apt install python3-venv)'; exit 1; }
 	$(ENV)/bin/python -m pip install -c constraints.txt -e ".[dev]"
 	@touch $@
 
@@ -73,7 +81,7 @@ $(ENV)/.installed: pyproject.toml constraints.txt
 
 reproduce: $(STUDY:%=$(B)/%.done)
 
-smoke:
+smoke: $(READY)
 	@$(MAKE) --no-print-directory PRESET=smoke reproduce
 
 mini: $(B)/$(MINI).done
@@ -85,8 +93,12 @@ $(STUDY:%=$(B)/%.done): $(B)/%.done: notebooks/%.ipynb $(DATA) $(LIB) $(B)/setti
 $(B)/$(MINI).done: notebooks/$(MINI).ipynb $(LIB) $(B)/settings | $(READY)
 	@$(PY) -m bf_lib.execute $< $(B) preset=$(PRESET) seed=$(SEED) $(PARAMS)
 
-# What each notebook reads of others. One that is not listed reads only the data it starts from.
-$(B)/03_sensitivity.done: $(B)/01_unet_anatomy.done
+# A notebook that reads what another one wrote comes after it: NN.done: MM.done. None does yet.
+
+# With both goals, the study waits for the model.
+ifneq ($(filter mini,$(MAKECMDGOALS)),)
+$(STUDY:%=$(B)/%.done): | $(B)/$(MINI).done
+endif
 
 # Rewritten only when it changes: other parameters, threads or versions, or a file less.
 $(B)/settings: FORCE

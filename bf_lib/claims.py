@@ -19,6 +19,7 @@ from bf_lib.artifacts import load_json
 from bf_lib.paths import ROOT, runs_folder
 
 REPRODUCED, DIFFERS, NOT_ATTEMPTED = "reproduced", "differs", "not attempted"
+HOLDS, FAILS = "holds", "fails"  # of checks
 
 Value = float | int | str | bool | None
 
@@ -97,24 +98,26 @@ def make_claim(
         expected=expected,
         source=source,
         preset=preset,
-        status=_status(value, low, high, expected),
+        status=_status(kind, value, low, high, expected),
     )
 
 
-def _status(value: Value, low: float | None, high: float | None, expected: Value) -> str:
+def _status(
+    kind: str, value: Value, low: float | None, high: float | None, expected: Value
+) -> str:
     if value is None:
         return NOT_ATTEMPTED
     if low is None and high is None:
-        return REPRODUCED if value == expected else DIFFERS
-    # Written so that a value which is not a number does not pass.
-    above = low is None or value >= low
-    below = high is None or value <= high
-    return REPRODUCED if above and below else DIFFERS
+        agrees = value == expected
+    else:  # written so that a value which is not a number does not pass
+        agrees = (low is None or value >= low) and (high is None or value <= high)
+    good, bad = (HOLDS, FAILS) if kind == "check" else (REPRODUCED, DIFFERS)
+    return good if agrees else bad
 
 
 def failures(claims: Iterable[Claim]) -> list[Claim]:
     """Returns the checks that do not hold."""
-    return [claim for claim in claims if claim.kind == "check" and claim.status == DIFFERS]
+    return [claim for claim in claims if claim.status == FAILS]
 
 
 def record(claims: Iterable[Claim]) -> list[dict[str, object]]:

@@ -7,11 +7,14 @@ first, so that nothing of a failed or interrupted run looks finished.
 
 __all__ = ["Products", "execute", "main"]
 
+import hashlib
+import json
 import logging
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from bf_lib import nb
 from bf_lib.atomic import DiskFull, write_atomically
-from bf_lib.paths import display_path
+from bf_lib.paths import ROOT, display_path, runs_folder
 from bf_lib.progress import duration, relayed
 
 TAIL = 25  # lines of the log that a failure shows
@@ -63,11 +66,15 @@ class Products:
 def execute(source: Path, build: Path, given: Mapping[str, str]) -> None:
     """Runs a notebook and, when it ran completely, writes its rendered copy and its stamp.
 
+    The stamp holds the digests of what the notebook wrote, by path.
+
     Arguments:
         source: The notebook.
         build: The folder of stamps and logs of one preset.
-        given: Values of parameters by name, as text.
+        given: Values of parameters by name, as text; those of a single notebook as
+            "notebook.name".
     """
+    given = _given_to(source, given)
     products = Products.of(source, build)
     products.remove()
     original = nb.read(source)
@@ -81,9 +88,32 @@ def execute(source: Path, build: Path, given: Mapping[str, str]) -> None:
         nb.check(executed, original)
         nb.normalise(executed, original)
         nb.write(executed, products.rendered)
-        write_atomically(products.stamp, f"{nb.source_digest(original)}\n".encode())
+        write_atomically(products.stamp, _written(source, build).encode())
         os.utime(products.stamp, (start, start))  # what was edited meanwhile is newer than it
         print(f"{label}: done in {duration(time.time() - start)}", file=terminal, flush=True)
+
+
+def _given_to(source: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """Returns the parameters that are meant for a notebook, by their own names."""
+    meant = {}
+    for name, text in given.items():
+        notebook, _, short = name.rpartition(".")
+        if notebook and not source.with_name(f"{notebook}.ipynb").exists():
+            raise nb.NotebookError(f"parameter {name}: there is no notebook {notebook}")
+        if notebook in ("", source.stem):
+            meant[short] = text
+    return meant
+
+
+def _written(source: Path, build: Path) -> str:
+    """Returns digest and path of all that a notebook says it wrote, one a line."""
+    record = runs_folder(build.name, source.stem) / "render.json"
+    names = json.loads(record.read_bytes())["artifacts"] if record.exists() else []
+    return "".join(f"{_digest(ROOT / name)} {name}\n" for name in names)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _papermill(
@@ -142,7 +172,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"{source}: interrupted", file=sys.stderr)
         return 130
-    except (nb.NotebookError, DiskFull) as err:
+    except Exception as err:
+        if not isinstance(err, nb.NotebookError | DiskFull):  # a kernel that does not start, say
+            traceback.print_exc()
         print(_failure(source, Products.of(source, build), err), file=sys.stderr)
         return 1
     return 0
