@@ -45,6 +45,12 @@ class Seen:
     heat: float
 
 
+def _halve(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    """Layers that halve the height and the width of an image."""
+    conv = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)
+    return conv, nn.GroupNorm(8, outputs), nn.SiLU()
+
+
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,12 +72,8 @@ class SceneJudge(nn.Module):
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(3, width // 2, 4, stride=2, padding=1),
-            nn.GroupNorm(8, width // 2),
-            nn.SiLU(),
-            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
-            nn.GroupNorm(8, width),
-            nn.SiLU(),
+            *_halve(3, width // 2),
+            *_halve(width // 2, width),
             *(_Residual(width) for _ in range(4)),
         )
         self.head = nn.Conv2d(width, 3 + len(SHAPES) + len(_COLOURS), 1)
@@ -120,11 +122,27 @@ def _seen(cell: Tensor, x: int, y: int) -> Seen:
 
 
 def new_clip(vocab_size: int) -> open_clip.CLIP:
-    """Builds the untrained CLIP judge: four image and three text layers of width 128."""
-    vision = {"image_size": SIZE, "patch_size": 8, "width": 128, "head_width": 32, "layers": 4}
+    """Builds the untrained CLIP judge: convolutions for images, three text layers of width 128.
+
+    The last 4x4 cells are not averaged, so that an image's embedding knows what is where.
+    """
+    width = 256  # of the embeddings
+    unused = {"image_size": SIZE, "patch_size": SIZE, "width": 64, "layers": 1}
     text = {"context_length": TOKENS, "vocab_size": vocab_size}
     text |= {"width": 128, "heads": 4, "layers": 3}
-    return open_clip.CLIP(embed_dim=128, vision_cfg=vision, text_cfg=text)
+    clip = open_clip.CLIP(embed_dim=width, vision_cfg=unused, text_cfg=text)
+    clip.visual = nn.Sequential(
+        *_halve(3, 32),
+        *_halve(32, 64),
+        *(_Residual(64) for _ in range(2)),
+        *_halve(64, 128),
+        *(_Residual(128) for _ in range(2)),
+        *_halve(128, 128),
+        _Residual(128),
+        nn.Flatten(),
+        nn.Linear(128 * (SIZE // 16) ** 2, width),
+    )
+    return clip
 
 
 def load_scene_judge(folder: Path) -> SceneJudge:

@@ -222,19 +222,25 @@ its widths: the same 282 conv and linear layers with the same names. Trained fro
 notebook 90 (`make mini`) on procedurally drawn 64x64 scenes; nothing in it comes from another
 model or data set. It exists so that a study of quantization runs on a laptop, offline.
 
+    from diffusers import StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline.from_pretrained("data/mini")
-    pipe("two red stars", num_inference_steps={steps}, guidance_scale={guidance:g}).images
+    images = pipe("two red stars", num_inference_steps={steps}, guidance_scale={guidance:g}).images
 
 | part | what | weights |
 | --- | --- | --- |
 | `unet` | `UNet2DConditionModel`, widths 40/80/160/160, 2 heads | fp16 |
-| `text_encoder` | `CLIPTextModel`, 3 layers of width 96, 24 tokens, a vocabulary of words | fp16 |
+| `text_encoder` | `CLIPTextModel`, 3 layers of width 96, 24 tokens, a vocabulary of words | fp32 |
 | `vae` | `AutoencoderKL`, 64x64x3 to 16x16x4 | fp16 |
 | `judges/scene.safetensors` | reads the objects off an image (`bf_lib.judges.SceneJudge`) | fp16 |
 | `judges/clip.safetensors` | a small `open_clip` CLIP, for the CLIP score | fp16 |
 
+The text encoder learnt from captions alone, of all combinations: what a caption says is readable,
+linearly, off its last states. Then it stayed as it was, as CLIP's does in SD-v1.5. Of images, only
+the training combinations were shown to the autoencoder and the UNet.
+
 The judges share no weights with the generator. All numbers are of the stored weights, on scenes
-and prompts that no part was trained on; notebook 90 writes this file from what it measured.
+that no part was trained on; notebook 90 writes this file from what it measured.
 
 ## Autoencoder
 

@@ -6,20 +6,23 @@ noisy, because a generator's are not clean.
 
 __all__ = ["CLIP_PLAN", "SCENE_PLAN", "ClipTask", "SceneTask", "export"]
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from bf_lib.atomic import write_atomically
 from bf_lib.drawing import draw_many
 from bf_lib.judges import CELL, SceneJudge, new_clip
 from bf_lib.mini import to_float, tokenize
 from bf_lib.scenes import (
     BACKGROUNDS,
     COLOURS,
+    KINDS,
     SHAPES,
     SIZE,
     Scene,
@@ -32,7 +35,7 @@ from bf_lib.training_data import new_tokenizer
 
 SCENE_PLAN = Plan(steps=2400, batch=64, lr=2e-3, warmup=50, decay=0.6, ema=0.995)
 CLIP_PLAN = Plan(
-    steps=3000, batch=128, lr=1e-3, warmup=200, decay=0.7, ema=0.995, weight_decay=0.1
+    steps=6000, batch=128, lr=4e-4, warmup=200, decay=0.7, ema=0.995, weight_decay=0.1
 )
 
 _COLOURS, _BACKGROUNDS = tuple(COLOURS), tuple(BACKGROUNDS)
@@ -116,8 +119,9 @@ def _focal(logits: Tensor, heat: Tensor) -> Tensor:
 class ClipTask:
     """The symmetric contrastive loss of CLIP (Radford et al. 2021) on scenes and captions.
 
-    Half of the captions name every attribute and half leave some out. Each process contrasts its
-    own part of the batch.
+    Half of a batch are scenes of one kind before one background, with captions that name every
+    attribute: they differ in little, so that the little must be read. The others are of all kinds,
+    and half of their captions leave something out. Each process contrasts its own part.
     """
 
     def __init__(self) -> None:
@@ -126,8 +130,13 @@ class ClipTask:
 
     def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rng = _numpy_generator(generator)
-        scenes = [sample_scene(rng, held_out=bool(rng.random() < 0.2)) for _ in range(size)]
-        texts = [caption(scene, rng, complete=bool(rng.random() < 0.5)) for scene in scenes]
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+        background = str(rng.choice(_BACKGROUNDS))
+        alike = [replace(_scene(rng, kind), background=background) for _ in range(size // 2)]
+        mixed = [_scene(rng) for _ in range(size - len(alike))]
+        scenes = alike + mixed
+        texts = [caption(scene, rng, complete=True) for scene in alike]
+        texts += [caption(scene, rng, complete=bool(rng.random() < 0.5)) for scene in mixed]
         images = _spoil(to_float(draw_many(scenes)), generator)
         with torch.autocast("cpu", torch.bfloat16):
             image = self.model.encode_image(images, normalize=True)
@@ -139,10 +148,14 @@ class ClipTask:
         return {"loss": loss, "retrieval": right}
 
 
+def _scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
+    return sample_scene(rng, kind, held_out=bool(rng.random() < 0.2))
+
+
 def export(folder: Path, target: Path) -> None:
     """Writes the trained judges of `folder` in half precision to `target`."""
-    target.mkdir(parents=True, exist_ok=True)
     clip = new_clip(len(new_tokenizer()))
     for name, model in (("scene", SceneJudge()), ("clip", clip)):
         state = load_ema(model, folder / f"{name}_judge").half().state_dict()
-        save_file({k: v.contiguous() for k, v in state.items()}, target / f"{name}.safetensors")
+        tensors = {key: value.contiguous() for key, value in state.items()}
+        write_atomically(target / f"{name}.safetensors", save(tensors))

@@ -20,6 +20,7 @@ __all__ = [
     "training_latents",
 ]
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,21 +72,27 @@ class Round:
 
     plan: Plan
     late: float  # the time-steps have the density t^(late - 1)
-    related: int  # how often a scene with a relation is shown for each time that another is
+    often: Mapping[str, int]  # how often scenes of a kind are shown for each time that others are
 
 
-# The second begins with the averaged weights of the first. Which object is where is decided at
-# noisy time-steps and by small differences, which the rate that is best to learn drawing drowns.
+# Each begins with the averaged weights of the one before. Which object is where is decided at
+# noisy time-steps and by small differences, which the rate that is best to learn drawing drowns;
+# two objects without a relation come out as one or as twins, until they are seen often enough.
 ROUNDS = (
     Round(
         Plan(steps=6000, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999),
         late=1.5,
-        related=1,
+        often={},
     ),
     Round(
         Plan(steps=7000, batch=64, lr=4e-4, warmup=200, decay=0.6, ema=0.999, seed=1),
         late=3.0,
-        related=3,
+        often={"relation": 3},
+    ),
+    Round(
+        Plan(steps=3000, batch=64, lr=3e-4, warmup=200, decay=0.7, ema=0.999, seed=2),
+        late=3.0,
+        often={"pair": 4, "count": 2},
     ),
 )
 VAE_PLAN = Plan(steps=1800, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
@@ -164,8 +171,10 @@ class GeneratorTask:
         if number > 0:
             load_ema(self.model, round_folder(folder, number - 1))
         self.late = ROUNDS[number].late
-        again = [i for i in range(SCENES) if training_scene(i).relation is not None]
-        self.shown = torch.tensor([*range(SCENES), *again * (ROUNDS[number].related - 1)])
+        shown = list(range(SCENES))
+        for kind, times in ROUNDS[number].often.items():
+            shown += [i for i in range(SCENES) if training_scene(i).kind == kind] * (times - 1)
+        self.shown = torch.tensor(shown)
         # In bfloat16 on CPU the backward pass of fused attention is several times slower than
         # that of plain matrix products.
         self.model.set_attn_processor(AttnProcessor())

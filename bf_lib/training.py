@@ -1,15 +1,17 @@
 """A small training loop: data-parallel over processes, resumable, the same result after a kill.
 
-Every random choice is drawn from a generator seeded by (seed, step), so a run that was killed and
-resumed from its last checkpoint ends with the same weights as one that was not. On CPU two
-single-thread processes do about 1.3 times the work of one with two threads; gradients are averaged
-over them, so the number of processes changes results only by float rounding.
+Every random choice is drawn from a generator seeded by (seed, process, step), so a run that was
+killed and resumed from its last checkpoint ends with the same weights as one that was not. On CPU
+two single-thread processes do about 1.3 times the work of one with two threads; each draws its own
+part of the batch, so their number is part of what a training is.
 """
 
 __all__ = ["Plan", "Task", "fit", "load_ema", "read_log"]
 
 import csv
+import io
 import json
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -25,7 +27,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bf_lib.atomic import write_atomically
+from bf_lib.processes import end_with_parent
 from bf_lib.progress import progress
+
+LOGGED = 20  # steps that a row of the log is the mean of
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,12 @@ class Plan:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     seed: int = 0
-    save_every: int = 200  # steps
+    save_every: int = 200  # steps; a multiple of `LOGGED`, so that no row is cut by a kill
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or not 0 <= self.decay <= 1 or not 0 <= self.ema < 1:
+        counts = self.steps, self.batch, self.save_every
+        in_range = 0 <= self.decay <= 1 and 0 <= self.ema < 1 and self.lr > 0 and self.clip > 0
+        if min(counts) < 1 or self.save_every % LOGGED or not in_range:
             raise ValueError(f"impossible training plan: {self}")
 
     def rate(self, step: int) -> float:
@@ -55,7 +63,10 @@ class Plan:
 
 
 class Task(Protocol):
-    """What is trained: a module, and the loss of one part of a batch."""
+    """What is trained: a module, and the loss of one part of a batch.
+
+    Only its parameters are trained and saved; its buffers, if any, must not change.
+    """
 
     model: nn.Module
 
@@ -73,7 +84,7 @@ def fit(
     """Trains, from the last checkpoint in `folder` when there is one of the same plan and task.
 
     The task is recognised by its losses before any training, so that a changed model, loss or
-    caption starts over.
+    caption starts over; the checkpoint of another training is kept beside, as `replaced`.
 
     Arguments:
         make: Builds the task; called once in each process, so it must be picklable.
@@ -96,10 +107,12 @@ def load_ema(model: nn.Module, folder: Path) -> nn.Module:
     """Loads the averaged weights of the checkpoint in `folder` into a module of its kind."""
     tensors, _ = _read(folder / "checkpoint.safetensors")
     state = {name[4:]: value for name, value in tensors.items() if name.startswith("ema/")}
-    model.load_state_dict(state, strict=False)
-    missing = {name for name, _ in model.named_parameters()} - set(state)
-    if missing:
-        raise ValueError(f"{folder} holds no weights for {sorted(missing)[:5]}")
+    wanted = {name for name, _ in model.named_parameters()}
+    if missing := sorted(wanted - set(state)):
+        raise ValueError(f"{folder} holds no weights for {missing[:5]}")
+    if unexpected := sorted(set(state) - wanted):
+        raise ValueError(f"{folder} holds weights of another model: {unexpected[:5]}")
+    model.load_state_dict(state, strict=False)  # buffers are not saved
     return model
 
 
@@ -122,6 +135,7 @@ def _worker(
     plan: Plan,
     folder: Path,
 ) -> None:
+    end_with_parent()
     torch.set_num_threads(threads)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
@@ -129,14 +143,14 @@ def _worker(
     torch.manual_seed(plan.seed)  # the same initial weights in each process
     task = make()
     task.model.train()
-    state = {"plan": asdict(plan), "untrained": _losses(task, plan.seed)}
+    state = {"plan": asdict(plan), "processes": world, "untrained": _losses(task, plan.seed)}
     names, params = zip(*task.model.named_parameters(), strict=True)
     ema = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(
         params, plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
     )
     first = _restore(folder, state, names, params, ema, optimizer)
-    log = _Log(folder / "log.csv", first) if rank == 0 else None
+    log = _Log(folder / "log.csv", first, plan.steps) if rank == 0 else None
     steps = range(first, plan.steps)
     for step in progress(steps, desc=f"train {folder.name}") if rank == 0 else steps:
         for group in optimizer.param_groups:
@@ -200,7 +214,10 @@ def _save(
     meta = {"state": json.dumps(state | {"step": step})}
     # Written beside and renamed: a kill leaves the old checkpoint or the new one.
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "new.safetensors", meta)
-    (folder / "new.safetensors").rename(folder / "checkpoint.safetensors")
+    checkpoint = folder / "checkpoint.safetensors"
+    if step <= state["plan"]["save_every"] and checkpoint.exists():
+        checkpoint.rename(folder / "replaced.safetensors")  # of another training
+    (folder / "new.safetensors").rename(checkpoint)
 
 
 def _restore(
@@ -217,7 +234,7 @@ def _restore(
         return 0
     tensors, saved = _read(path)
     step = saved.pop("step")
-    if saved != state:
+    if not _same(saved, state):
         return 0
     with torch.no_grad():
         for name, param, average in zip(names, params, ema, strict=True):
@@ -231,11 +248,22 @@ def _restore(
     return step
 
 
+def _same(saved: dict, state: dict) -> bool:
+    """Whether two trainings are one: another processor may change the last digits of a loss."""
+    known, losses = saved.pop("untrained"), state["untrained"]
+    rest = {name: value for name, value in state.items() if name != "untrained"}
+    return (
+        saved == rest
+        and known.keys() == losses.keys()
+        and all(math.isclose(known[name], losses[name], rel_tol=1e-4) for name in known)
+    )
+
+
 class _Log:
     """Means of the scalars over stretches of steps, as rows of a CSV file."""
 
-    def __init__(self, path: Path, first: int, every: int = 20) -> None:
-        self.path, self.every = path, every
+    def __init__(self, path: Path, first: int, last: int) -> None:
+        self.path, self.last = path, last
         self.sums: dict[str, float] = {}
         self.count, self.since = 0, time.perf_counter()
         rows = []
@@ -248,13 +276,14 @@ class _Log:
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
         self.count += 1
-        if self.count < self.every:
+        if (step + 1) % LOGGED and step + 1 < self.last:
             return
         line = {name: total / self.count for name, total in self.sums.items()}
         seconds = (time.perf_counter() - self.since) / self.count
         self.rows.append({"step": step + 1, "lr": rate, **line, "seconds_per_step": seconds})
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[-1])
-            writer.writeheader()
-            writer.writerows(self.rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.rows[-1])
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue().encode())
         self.sums, self.count, self.since = {}, 0, time.perf_counter()
