@@ -6,16 +6,17 @@ tasks are asked here of drawn scenes, with prompts from the training combination
 that were held out.
 """
 
-__all__ = ["TASKS", "Challenge", "challenges", "passes", "score"]
+__all__ = ["TASKS", "Challenge", "challenges", "interval", "passes", "score"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 from bf_lib.judges import Seen
-from bf_lib.scenes import Scene, describe, relation_of, sample_scene
+from bf_lib.scenes import Scene, Thing, describe, relation_of, sample_scene
 
 # task -> the kind of scene it is asked about
 TASKS = {
@@ -26,7 +27,7 @@ TASKS = {
     "position": "relation",
     "colour attribution": "pair",
 }
-_COLOURED = ("colours", "colour attribution")
+_COLOURED = ("colours", "colour attribution")  # tasks whose prompts name colours, held out or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,12 @@ class Challenge:
     task: str
     prompt: str
     scene: Scene
-    held_out: bool
+    coloured: bool  # whether the prompt names the colours; if so, they are judged
+
+    def names(self, wanted: Thing, seen: Seen) -> bool:
+        """Whether an object seen is what the prompt says of an object of the scene."""
+        colour = not self.coloured or seen.colour == wanted.colour
+        return seen.shape == wanted.shape and colour
 
 
 def challenges(count: int, seed: int, held_out: bool = False) -> list[Challenge]:
@@ -46,7 +52,8 @@ def challenges(count: int, seed: int, held_out: bool = False) -> list[Challenge]
         count: How many of each task.
         seed: Different seeds give different challenges: one to choose settings, one to report.
         held_out: Whether to ask for combinations that were kept out of training. Their prompts
-            always name the colours: "a blue star" also for the task of a single object.
+            always name the colours, which are then judged in every task: many a combination is
+            held out by its colour alone.
     """
     rng = np.random.default_rng((2, seed, held_out))
     asked = []
@@ -55,21 +62,18 @@ def challenges(count: int, seed: int, held_out: bool = False) -> list[Challenge]
             scene = sample_scene(rng, kind, held_out)
             while kind == "count" and len(scene.things) == 1:
                 scene = sample_scene(rng, kind, held_out)
-            prompt = describe(scene, colour=held_out or task in _COLOURED)
-            asked.append(Challenge(task, prompt, scene, held_out))
+            coloured = held_out or task in _COLOURED
+            asked.append(Challenge(task, describe(scene, coloured), scene, coloured))
     return asked
 
 
 def passes(challenge: Challenge, seen: Sequence[Seen]) -> bool:
-    """Tells whether the objects seen in an image meet the challenge of its prompt."""
+    """Tells whether the objects seen in an image are what its prompt says."""
     wanted = challenge.scene.things
+    found = [[s for s in seen if challenge.names(w, s)] for w in wanted]
     if challenge.task == "counting":
-        return sum(thing.shape == wanted[0].shape for thing in seen) == len(wanted)
-    coloured = challenge.task in _COLOURED
-    found = [
-        [s for s in seen if s.shape == w.shape and (not coloured or s.colour == w.colour)]
-        for w in wanted
-    ]
+        alike = [s for s in seen if s.shape == wanted[0].shape]
+        return len(found[0]) == len(alike) == len(wanted)
     if not all(found):
         return False
     if challenge.task != "position":
@@ -84,3 +88,9 @@ def score(asked: Sequence[Challenge], seen: Sequence[Sequence[Seen]]) -> pd.Seri
     rows = [(c.task, passes(c, s)) for c, s in zip(asked, seen, strict=True)]
     table = pd.DataFrame(rows, columns=["task", "passed"])
     return table.groupby("task").passed.mean().reindex(list(TASKS))
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval of a share of `count` independent challenges."""
+    found = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)

@@ -101,6 +101,8 @@ def alternating_scale(weight: Tensor, levels: int, steps: int = 10) -> Tensor:
         levels: The number of levels; odd, at least 3.
         steps: The number of alternations.
     """
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
     bound = _bound(levels)
     weight = checked_weight(weight)
     dims = tuple(range(1, weight.ndim))
@@ -181,6 +183,8 @@ def relative_mse(weight: Tensor, approximation: Tensor, per_channel: bool = Fals
     Returns:
         The ratio in float64, with shape (out,) or ().
     """
+    if weight.shape != approximation.shape:
+        raise ValueError(f"shapes differ: {tuple(weight.shape)} and {tuple(approximation.shape)}")
     dims = tuple(range(1, weight.ndim)) if per_channel else None
     error = (weight.double() - approximation.double()).square().sum(dim=dims)
     return torch.where(error == 0, 0.0, error / weight.double().square().sum(dim=dims))
@@ -188,8 +192,8 @@ def relative_mse(weight: Tensor, approximation: Tensor, per_channel: bool = Fals
 
 def _bound(levels: int) -> int:
     """Returns the largest code of a grid."""
-    if levels < 3 or levels % 2 == 0:
-        raise ValueError(f"levels must be odd and at least 3, got {levels}")
+    if type(levels) is not int or levels < 3 or levels % 2 == 0:
+        raise ValueError(f"levels must be an odd whole number of at least 3, got {levels}")
     return (levels - 1) // 2
 
 

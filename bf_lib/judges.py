@@ -30,6 +30,9 @@ from bf_lib.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE
 
 CELL = 4  # pixels a side of the judge's cells
 THRESHOLD = 0.5  # least heat of an object
+# the channels of a cell after its heat and offsets
+SHAPE_AT = slice(3, 3 + len(SHAPES))
+COLOUR_AT = slice(SHAPE_AT.stop, None)
 
 _COLOURS, _BACKGROUNDS = tuple(COLOURS), tuple(BACKGROUNDS)
 
@@ -113,8 +116,8 @@ def read_scenes(judge: SceneJudge, images: Tensor, batch: int = 256) -> list[lis
 
 def _seen(cell: Tensor, x: int, y: int) -> Seen:
     return Seen(
-        shape=SHAPES[int(cell[3:11].argmax())],
-        colour=_COLOURS[int(cell[11:].argmax())],
+        shape=SHAPES[int(cell[SHAPE_AT].argmax())],
+        colour=_COLOURS[int(cell[COLOUR_AT].argmax())],
         x=CELL * (x + float(cell[1])),
         y=CELL * (y + float(cell[2])),
         heat=float(cell[0].sigmoid()),

@@ -9,6 +9,7 @@ __all__ = [
     "sd15_unet_config",
 ]
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_log
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_log
 
 from bf_lib.paths import ROOT, display_path
@@ -55,7 +57,7 @@ def load_pipeline(
     Raises:
         ModelNotFound: If there is no such folder, or the hub has no such weights to give.
     """
-    source = MODELS.get(str(model), model)
+    source = MODELS.get(model, model) if isinstance(model, str) else model
     if isinstance(source, str) and (Path(source).exists() or not _HUB_ID.fullmatch(source)):
         source = Path(source)
     if isinstance(source, Path) and not (source / "model_index.json").is_file():
@@ -70,7 +72,9 @@ def load_pipeline(
                 use_safetensors=True,
                 local_files_only=local_files_only,
             )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            raise
         where = "the local cache" if local_files_only else "the local cache and the hub"
         place = source if isinstance(source, Path) else f"{source} in {where}"
         raise ModelNotFound(_not_found(model, place, "safetensors files")) from error

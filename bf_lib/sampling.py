@@ -169,8 +169,13 @@ def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
 
     Returns:
         The images as uint8 on the CPU, with shape (n, height, width, 3).
+
+    Raises:
+        ValueError: If an image has values that are NaN or infinite.
     """
     pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    if not pixels.isfinite().all():
+        raise ValueError("an image has values that are NaN or infinite")
     unit = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     return (unit.float() * 255).round().to(torch.uint8).cpu()
 

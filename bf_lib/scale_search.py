@@ -48,14 +48,17 @@ def least_squares_scale(magnitudes: Tensor, bound: int) -> Tensor:
     Returns:
         The scales in float64, with shape (rows, 1).
     """
-    values = magnitudes.sort(dim=1).values
+    # Brought to [1/2, 1) by a power of two, which rounds nothing, so that no square overflows.
+    most = math.frexp(torch.finfo(magnitudes.dtype).max)[1] - 2
+    exponent = torch.frexp(magnitudes.amax(dim=1, keepdim=True)).exponent.clamp(-most, most)
+    values = torch.ldexp(magnitudes, -exponent).sort(dim=1).values
     sums = F.pad(values.cumsum(dim=1, dtype=torch.float64), (1, 0))
     energy = values.double().square().sum(dim=1, keepdim=True)
     ranked = Ranked(values, sums, energy)
     low, high, best = _outer_range(ranked, bound)
     for _ in range(PASSES):
         low, high, best = _narrow(ranked, bound, low, high, best)
-    return _best_breakpoint(ranked, bound, low, high)
+    return torch.ldexp(_best_breakpoint(ranked, bound, low, high), exponent)
 
 
 def _ranks(ranked: Ranked, bound: int, scales: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bf_lib.atomic import write_atomically
 from bf_lib.drawing import draw_many
-from bf_lib.judges import CELL, SceneJudge, new_clip
+from bf_lib.judges import CELL, COLOUR_AT, SHAPE_AT, SceneJudge, new_clip
 from bf_lib.mini import to_float, tokenize
 from bf_lib.scenes import (
     BACKGROUNDS,
@@ -61,8 +61,8 @@ class SceneTask:
         parts = {
             "heat": _focal(cells[:, 0], heat),
             "offset": F.l1_loss(at[:, 1:3], look[:, :2]),
-            "shape": F.cross_entropy(at[:, 3:11], look[:, 2].long()),
-            "colour": F.cross_entropy(at[:, 11:], look[:, 3].long()),
+            "shape": F.cross_entropy(at[:, SHAPE_AT], look[:, 2].long()),
+            "colour": F.cross_entropy(at[:, COLOUR_AT], look[:, 3].long()),
             "background": F.cross_entropy(background, shown),
         }
         return {"loss": sum(parts.values())} | parts

@@ -127,7 +127,7 @@ def training_latents(folder: Path, processes: int = 2) -> dict[str, Tensor]:
     Returns:
         moments: Mean and log-variance of each scene's latents in half precision, with shape
             (n, 8, 16, 16).
-        scale: What makes the latents of unit variance.
+        scale: One over the standard deviation of the latents' means.
     """
     weights = (folder / "vae" / "checkpoint.safetensors").read_bytes()
     path = folder / f"latents-{SCENES}-{digest(weights)}.safetensors"

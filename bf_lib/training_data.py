@@ -25,6 +25,7 @@ from transformers import CLIPTokenizer
 
 from bf_lib.drawing import draw
 from bf_lib.mini import TOKENS
+from bf_lib.provenance import imported_files, library_digest
 from bf_lib.scenes import Scene, caption, sample_scene
 
 SCENES = 60_000  # training scenes
@@ -50,10 +51,12 @@ def _draw_training_scene(index: int) -> np.ndarray:
 def training_images(folder: Path, count: int = SCENES, processes: int = 2) -> np.ndarray:
     """Draws the training scenes once, as uint8 with shape (count, 64, 64, 3), mapped from disk.
 
-    The file is named after its first images, so that other scenes are drawn anew.
+    The file is named after its first images and the code that draws all, so that other scenes are
+    drawn anew.
     """
     first = np.stack([_draw_training_scene(i) for i in range(min(count, 16))])
-    path = folder / f"images-{count}-{digest(first.tobytes())}.npy"
+    code = library_digest(imported_files(Path(__file__).with_name("drawing.py")))
+    path = folder / f"images-{count}-{digest(first.tobytes() + code.encode())}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:

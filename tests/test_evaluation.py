@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bf_lib.evaluation import TASKS, challenges, passes, score
+from bf_lib.evaluation import TASKS, challenges, interval, passes, score
 from bf_lib.judges import Seen
 from bf_lib.scenes import COLOURS, SHAPES, is_held_out
 
@@ -70,6 +70,19 @@ def test_a_wrong_colour_fails_only_where_colours_are_judged(task):
         first, *rest = perfect(challenge)
         wrong = [replace(first, colour=another(first.colour, COLOURS)), *rest]
         assert passes(challenge, wrong) == (task not in ("colours", "colour attribution"))
+    for challenge in of_task(task, held_out=True):  # where every prompt names them
+        first, *rest = perfect(challenge)
+        wrong = [replace(first, colour=another(first.colour, COLOURS)), *rest]
+        assert not passes(challenge, wrong)
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    low, high = interval(0.9, 100)
+    z = 1.959964
+    middle, half = (0.9 + z**2 / 200) / (1 + z**2 / 100), z / (1 + z**2 / 100)
+    half *= (0.9 * 0.1 / 100 + z**2 / 40_000) ** 0.5
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert interval(1.0, 50)[1] == 1.0
 
 
 def test_swapped_colours_fail_attribution():

@@ -162,11 +162,14 @@ def test_bad_weights_are_refused(weight, said):
     for scale_of in (minmax_scale, alternating_scale, optimal_scale):
         with pytest.raises(ValueError, match=said):
             scale_of(weight, 3)
+    for quantizer in (quantize, fake_quantize):
+        with pytest.raises(ValueError, match=said):
+            quantizer(weight, torch.ones(len(weight), 1), 3)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 4, 256, -3])
+@pytest.mark.parametrize("levels", [1, 2, 4, 256, -3, 3.0])
 def test_even_or_too_few_levels_are_refused(levels):
-    with pytest.raises(ValueError, match="odd and at least 3"):
+    with pytest.raises(ValueError, match="odd whole number of at least 3"):
         optimal_scale(torch.ones(1, 2), levels)
 
 

@@ -1,12 +1,14 @@
 """Layers: which are quantized, what they are called, in what order they run."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from toys import toy_unet
 
 from bf_lib.layers import all_layers, get_layer, in_published_order, list_layers, published_recipe
-from bf_lib.models import meta_unet, mini_unet_config, sd15_unet_config
+from bf_lib.models import MODELS, meta_unet, mini_unet_config, sd15_unet_config
 
 
 def test_sd15_has_the_papers_layers():
@@ -25,6 +27,13 @@ def test_sd15_has_the_papers_layers():
 def test_mini_has_the_same_layers_as_sd15():
     mini, sd15 = (list_layers(meta_unet(c())) for c in (mini_unet_config, sd15_unet_config))
     assert [(a.name, a.role, a.kind) for a in mini] == [(b.name, b.role, b.kind) for b in sd15]
+    shipped = json.loads((MODELS["mini"] / "unet" / "config.json").read_text())
+    wanted = meta_unet(mini_unet_config()).config
+    assert {k: v for k, v in shipped.items() if not k.startswith("_")} == {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in wanted.items()
+        if not k.startswith("_")
+    }
 
 
 def test_every_layer_is_listed_once_or_excluded_with_a_reason():

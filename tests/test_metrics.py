@@ -29,6 +29,16 @@ def test_mse_and_psnr_agree_with_torchmetrics():
         assert psnr(a, b)[i].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_the_clip_judge_takes_pixels_from_minus_one_to_one():
+    scorer, texts = metrics.mini_clip(), ["a red star", "two blue rings"]
+    pixels = images(n=2, side=64)
+    with torch.inference_mode():
+        image = scorer.model.encode_image(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
+        text = scorer.model.encode_text(scorer.tokenize(texts))
+    wanted = nn.functional.cosine_similarity(image, text)
+    torch.testing.assert_close(scorer(pixels, texts), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_mse_is_in_squared_units_of_0_to_255():
     a = torch.zeros(2, 3, 3, 3, dtype=torch.uint8)
     b = torch.stack([torch.full_like(a[0], 255), torch.full_like(a[0], 2)])

@@ -113,7 +113,7 @@ def test_the_card_says_what_was_measured(tmp_path):
     scores = pd.DataFrame({"unseen": np.linspace(0.9, 0.7, 6)}, index=list(TASKS))
     scores["held out"] = scores.unseen / 2
     card = model_card.write(
-        tmp_path, {False: 34.56, True: 33.21}, accuracy, (0.975, 0.985), 3.5, scores
+        tmp_path, {False: 34.56, True: 33.21}, accuracy, (0.975, 0.985), 3.5, scores, 150
     )
     text = card.read_text()
     assert card == tmp_path / "README.md"
@@ -121,4 +121,5 @@ def test_the_card_says_what_was_measured(tmp_path):
         assert number in text
     assert "| unseen scenes, drawn | 99.1 | 99.2 | 99.3 | 99.4 |" in text
     assert "| held out scenes, reconstructed | 96.1 | 96.2 | 96.3 | 96.4 |" in text
+    assert "150 prompts" in text
     assert f"| {list(TASKS)[0]} | 0.90 | 0.45 |" in text

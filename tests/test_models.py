@@ -1,5 +1,7 @@
 """Loading of pipelines, and the layers of UNets that are not SD-v1.5's."""
 
+import errno
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -101,6 +103,44 @@ def test_a_hub_id_that_is_not_to_be_had_is_named(offline, local_files_only):
         load_pipeline("sd15", local_files_only=local_files_only)
     with pytest.raises(ModelNotFound, match="hf download someone/something"):
         load_pipeline("someone/something", local_files_only=local_files_only)
+
+
+@pytest.mark.parametrize("local_files_only", [True, False])
+def test_whether_only_local_files_serve_is_passed_on(monkeypatch, local_files_only):
+    given = {}
+
+    def from_pretrained(source, **options):
+        given.update(options)
+        raise OSError
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(ModelNotFound):
+        load_pipeline("sd15", local_files_only=local_files_only)
+    assert given["local_files_only"] is local_files_only
+
+
+def test_a_full_disk_is_not_called_a_missing_model(monkeypatch):
+    def from_pretrained(source, **options):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match="no space left") as caught:
+        load_pipeline("sd15")
+    assert not isinstance(caught.value, ModelNotFound)
+
+
+def test_a_truncated_file_of_weights_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "cut")
+    weights = tmp_path / "cut" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelNotFound, match="looked for safetensors files in .*cut"):
+        load_pipeline(tmp_path / "cut")
+
+
+def test_a_path_is_a_folder_though_a_model_has_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound, match="model_index.json in mini"):
+        load_pipeline(Path("mini"))
 
 
 # What sets SD2, SDXL and others apart from SD-v1.5, at toy widths.

@@ -189,6 +189,13 @@ def test_images_are_decoded_as_the_pipeline_does(toy):
     assert torch.equal(decode(toy, latents), torch.from_numpy(expected * 255).round().byte())
 
 
+def test_images_that_are_not_finite_are_refused(toy):
+    latents = initial_latents(generators_of(SEEDS), latent_shape(toy))
+    latents[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        decode(toy, latents)
+
+
 def test_half_precision_generates_much_the_same():
     pipe = toy_pipeline()
     sampler = Sampler(steps=4, batch=5)

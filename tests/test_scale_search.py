@@ -109,6 +109,14 @@ def test_tiny_and_huge_weights_are_finite(scale_of, size):
         torch.testing.assert_close(error(weight * size, scale, 9), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("scale_of", [minmax_scale, alternating_scale, optimal_scale])
+@pytest.mark.parametrize("size", [1e-290, 1e-200, 1e200, 1e300])
+def test_double_precision_is_used_to_its_ends(scale_of, size):
+    weight = gaussian(3, 20).double().clamp(-5, 5)
+    scale = scale_of(weight * size, 9)
+    torch.testing.assert_close(scale / size, scale_of(weight, 9), rtol=1e-9, atol=0)
+
+
 def test_parameters_give_scales_without_history():
     weight = torch.nn.Parameter(gaussian(4, 8))
     assert not optimal_scale(weight, 3).requires_grad
@@ -126,6 +134,11 @@ def test_scales_that_do_not_fit_are_refused():
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="positive and finite"):
             quantize(weight, torch.tensor([[1.0], [bad], [1.0], [1.0]]), 3)
+
+
+def test_errors_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="shapes differ"):
+        relative_mse(torch.ones(3, 4), torch.ones(4))
 
 
 def test_relative_mse():

@@ -64,3 +64,6 @@ def test_scenes_are_drawn_once_and_again_when_they_change(tmp_path, monkeypatch,
     monkeypatch.setattr(training_data, "training_scene", lambda i: real(i + 100))
     changed = training_images(tmp_path)
     np.testing.assert_array_equal(changed[5], draw(real(105)))
+    monkeypatch.setattr(training_data, "library_digest", lambda _: "code that draws otherwise")
+    training_images(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
