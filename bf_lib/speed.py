@@ -1,19 +1,21 @@
-"""How fast the sweep is, beside a bare loop of UNet forwards in the same processes.
+"""How fast the sweep is, beside a bare loop of UNet forwards, and the search for optimal scales.
 
     python -m bf_lib.speed --preset mini --rounds 5
 
-In each round every layout of processes takes its turn, first with the bare loop and then with the
-sweep, so that a machine that slows down slows all of them. A candidate of the sweep is quantizing
-a layer, sampling and decoding all prompts, and comparing the images; a turn of the bare loop is as
-many UNet evaluations in batches of the same size.
+The sweep: in each round every layout of processes takes its turn, first with the bare loop and
+then with the sweep, so that a machine that slows down slows all of them. A candidate of the sweep
+is quantizing a layer, sampling and decoding all prompts, and comparing the images; a turn of the
+bare loop is as many UNet evaluations in batches of the same size.
+
+The search: Gaussian weights in the shapes of SD-v1.5's layers at their published bit-widths.
 """
 
-__all__ = ["LAYOUTS", "measure", "summary"]
+__all__ = ["LAYOUTS", "measure", "scale_seconds", "summary"]
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -21,12 +23,14 @@ from multiprocessing.connection import Connection
 import pandas as pd
 import torch
 
-from bf_lib.layers import list_layers
-from bf_lib.models import load_pipeline
+from bf_lib.grids import levels_of_bits, optimal_scale
+from bf_lib.layers import list_layers, published_recipe
+from bf_lib.models import load_pipeline, meta_unet, sd15_unet_config
+from bf_lib.processes import end_with_parent, make_deterministic
 from bf_lib.progress import progress
 from bf_lib.protocol import study_layers, study_prompts
 from bf_lib.sampling import latent_shape, unet_evaluations
-from bf_lib.sensitivity import Bench, Candidate, Sweep, candidates
+from bf_lib.sensitivity import Bench, Candidate, Sweep
 from bf_lib.study import PRESETS, Study
 
 LAYOUTS = ((2, 1), (1, 2))  # (processes, threads of each)
@@ -45,16 +49,18 @@ def _bare_loop(bench: Bench, evaluations: int) -> None:
 
 
 def _serve(sweep: Sweep, evaluations: int, device: str, link: Connection) -> None:
-    """Does what is asked for over the link, until None is."""
-    torch.set_num_threads(sweep.threads)
+    """Does what is asked for over the link, until that is closed."""
+    end_with_parent()
+    make_deterministic(sweep.threads)
     bench = Bench(sweep, device)
     link.send("ready")
-    while (asked := link.recv()) is not None:
-        if isinstance(asked, Candidate):
-            bench.score(asked)
-        else:
-            _bare_loop(bench, evaluations)
-        link.send("done")
+    with suppress(EOFError):
+        while asked := link.recv():
+            if isinstance(asked, Candidate):
+                bench.score(asked)
+            else:
+                _bare_loop(bench, evaluations)
+            link.send("done")
 
 
 @contextmanager
@@ -62,21 +68,21 @@ def _processes(sweep: Sweep, count: int, evaluations: int) -> Iterator[list[Conn
     context = get_context("spawn")
     gpus = torch.cuda.device_count()
     links, started = [], []
-    for number in range(count):
-        ours, theirs = context.Pipe()
-        device = f"cuda:{number % gpus}" if gpus else "cpu"
-        process = context.Process(target=_serve, args=(sweep, evaluations, device, theirs))
-        process.start()
-        theirs.close()  # so that a process that dies is an end of file here
-        links.append(ours)
-        started.append(process)
     try:
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            links.append(ours)
+            device = f"cuda:{number % gpus}" if gpus else "cpu"
+            process = context.Process(target=_serve, args=(sweep, evaluations, device, theirs))
+            process.start()
+            started.append(process)
+            theirs.close()  # so that a process that dies is an end of file here
         for link in links:
             link.recv()
         yield links
-        for link in links:
-            link.send(None)
     finally:
+        for link in links:
+            link.close()  # which ends its process
         for process in started:
             process.join(timeout=10)
             process.terminate()
@@ -107,8 +113,7 @@ def measure(
         evaluations_per_second of the UNet, over all processes.
     """
     pipe = load_pipeline(sweep.model)
-    layers = [x for x in list_layers(pipe.unet) if sweep.layers is None or x.name in sweep.layers]
-    known = candidates(layers, sweep.bits)
+    known = sweep.candidates(pipe.unet)
     evaluations = unet_evaluations(pipe, len(sweep.prompts), sweep.sampler)
     del pipe
     rows = []
@@ -155,6 +160,36 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return wide.groupby(["processes", "threads"], sort=False).median()
 
 
+def scale_seconds(
+    shapes: Iterable[tuple[tuple[int, ...], int]], threads: int
+) -> tuple[int, float]:
+    """Times `optimal_scale` on Gaussian weights.
+
+    Arguments:
+        shapes: The shape of each layer's weight, with its number of levels.
+        threads: How many threads search.
+
+    Returns:
+        How many weights there were, and the seconds.
+    """
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    count, seconds = 0, 0.0
+    for shape, levels in shapes:
+        weight = torch.randn(shape, generator=generator)
+        since = time.perf_counter()
+        optimal_scale(weight, levels)
+        seconds += time.perf_counter() - since
+        count += weight.numel()
+    return count, seconds
+
+
+def _sd15_shapes() -> list[tuple[tuple[int, ...], int]]:
+    bits = published_recipe().set_index("name").bits
+    layers = list_layers(meta_unet(sd15_unet_config()))
+    return [(layer.shape, levels_of_bits(int(bits[layer.name]))) for layer in layers]
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m bf_lib.speed")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
@@ -173,6 +208,8 @@ def _main() -> None:
     gain = (rates[first] / rates[second]).median()
     print(f"sweep, {first[0]} processes of {first[1]} thread over ", end="")
     print(f"{second[0]} of {second[1]} threads: {gain:.2f}x")
+    count, seconds = scale_seconds(progress(_sd15_shapes(), desc="optimal scales"), threads=2)
+    print(f"optimal scales of {count / 1e6:.0f} million weights, 2 threads: {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -23,7 +24,15 @@ from bf_lib.models import load_pipeline
 from bf_lib.paths import ROOT
 from bf_lib.protocol import study_layers, study_prompts
 from bf_lib.sampling import Sampler
-from bf_lib.sensitivity import Sweep, candidates, per_prompt, quantized, run_sweep, table
+from bf_lib.sensitivity import (
+    Sweep,
+    candidates,
+    leading_roles,
+    per_prompt,
+    quantized,
+    run_sweep,
+    table,
+)
 from bf_lib.study import Study
 
 LAYERS = ("down_blocks.0.attentions.0.proj_in", "mid_block.resnets.0.conv1")
@@ -107,6 +116,16 @@ def test_the_table_averages_over_prompts(rows):
     for name, values in tensors.items():
         assert values.shape == (4, 2)
         np.testing.assert_allclose(values.mean(dim=1), frame[name], err_msg=name)
+
+
+def test_a_role_leads_as_often_as_the_prompts_say_so():
+    frame = pd.DataFrame({"role": ["a", "a", "a", "b"]})
+    clear = torch.tensor([[0.0, 0.0], [1.0, 1.0], [9.0, 9.0], [2.0, 2.0]])
+    assert leading_roles(frame, clear).to_dict() == {"b": 1.0}
+    # b leads unless the second prompt is drawn twice, in one sample of four
+    mixed = torch.tensor([[0.0, 0.0], [1.0, 1.0], [9.0, 9.0], [4.0, 0.0]])
+    found = leading_roles(frame, mixed, resamples=4000)
+    assert found.to_dict() == pytest.approx({"b": 0.75, "a": 0.25}, abs=0.03)
 
 
 def test_any_number_of_processes_gives_the_same_rows(rows, tmp_path):

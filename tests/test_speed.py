@@ -7,7 +7,7 @@ import pytest
 
 from bf_lib.sampling import Sampler
 from bf_lib.sensitivity import Sweep
-from bf_lib.speed import measure, summary
+from bf_lib.speed import measure, scale_seconds, summary
 
 SWEEP = Sweep(
     model="mini",
@@ -39,6 +39,12 @@ def test_the_share_is_the_median_of_the_ratios_of_rounds():
     assert found["bare loop"] == 50
     assert found["sweep"] == 50
     assert found["sweep / bare loop"] == pytest.approx(0.9)
+
+
+def test_the_search_for_scales_is_timed_on_all_weights():
+    count, seconds = scale_seconds([((4, 3, 3, 3), 3), ((5, 20), 9)], threads=1)
+    assert count == 4 * 27 + 100
+    assert seconds > 0
 
 
 def test_a_process_that_fails_ends_the_benchmark():
