@@ -27,7 +27,7 @@ from bf_lib.paths import ROOT, display_path, figures_folder, runs_folder
 class Drawing:
     """A call that draws a figure."""
 
-    function: str  # "bf_lib.plots:name"
+    function: str  # "bf_lib.plots.module:name"
     tables: dict[str, str]  # argument -> "NN_notebook/stem"
     arguments: dict[str, object]  # the others, in JSON's types
 

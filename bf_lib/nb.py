@@ -170,4 +170,4 @@ def _clean(output: NotebookNode) -> None:
 
 
 def _portable(text: str) -> str:
-    return _ADDRESS.sub("", text).replace(f"{ROOT}/", "")
+    return _ADDRESS.sub("", text).replace(f"{ROOT}/", "").replace(str(ROOT), ".")

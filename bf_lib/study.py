@@ -6,9 +6,7 @@ paper's own scale (App. B: SD-v1.5, 256 layers at 1, 2 and 3 bits, 100 prompts).
 
 __all__ = ["PRESETS", "Study"]
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Self
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -65,14 +63,6 @@ class Study:
         if "bits" in given:
             given["bits"] = tuple(given["bits"])
         return cls(preset=preset, **(PRESETS[preset] | given))
-
-    def digest(self) -> str:
-        """Returns a digest of the fields that results depend on.
-
-        `workers` is left out: it says how the work is shared, and any number gives the same rows.
-        """
-        kept = {name: value for name, value in asdict(self).items() if name != "workers"}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _require_count(name: str, value: object) -> None:

@@ -25,7 +25,7 @@ BANNED = {
     "filterwarnings('ignore'": "a warning is to be understood",
     "BF_HEADLESS": "a notebook is the same live and rendered",
 }
-ABSOLUTE = re.compile(r"(?<![\w./])/(?:home|Users|root|tmp|var|opt|mnt|private|usr)/")
+ABSOLUTE = re.compile(r"(?<![\w./])/(?:home|Users|root|tmp|var|opt|mnt|private|usr|work)/")
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 NOTEBOOK_NAME = re.compile(r"[\"'](\d\d_\w+)(?:/\w+)?[\"']")
 

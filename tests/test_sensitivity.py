@@ -27,13 +27,11 @@ from bf_lib.sampling import Sampler
 from bf_lib.sensitivity import (
     Sweep,
     candidates,
-    leading_roles,
-    per_prompt,
     quantized,
     run_sweep,
-    table,
 )
 from bf_lib.study import Study
+from bf_lib.sweep_tables import leading_roles, per_prompt, table
 
 LAYERS = ("down_blocks.0.attentions.0.proj_in", "mid_block.resnets.0.conv1")
 SWEEP = Sweep(

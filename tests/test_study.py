@@ -48,11 +48,3 @@ def test_bad_sizes_are_refused(overrides, said):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="'tiny'"):
         Study.of("tiny")
-
-
-def test_digest_follows_what_results_depend_on():
-    mini = Study.of("mini")
-    assert mini.digest() == Study.of("mini").digest()
-    assert mini.digest() == Study.of("mini", workers=1).digest()
-    for overrides in ({"steps": 9}, {"threads": 2}, {"batch": 4}, {"bits": (1,)}):
-        assert mini.digest() != Study.of("mini", **overrides).digest()
