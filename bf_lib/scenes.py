@@ -108,7 +108,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 # How often each kind of scene is drawn.
-KINDS = {"single": 0.18, "count": 0.27, "pair": 0.20, "relation": 0.35}
+KINDS = {"single": 0.12, "count": 0.28, "pair": 0.28, "relation": 0.32}
 
 
 def sample_scene(
@@ -162,9 +162,9 @@ def _propose(rng: np.random.Generator, kind: str) -> Scene:
         shapes = rng.choice(SHAPES, 2, replace=False)
         colours = rng.choice(list(COLOURS), 2, replace=False)
         looks = [(str(s), str(c), "") for s, c in zip(shapes, colours, strict=True)]
-    shrink = 0.85 if len(looks) > 2 else 1.0  # leaves room for three or four
-    radii = [shrink * rng.uniform(*SIZES[size]) for *_, size in looks]
-    places = _place(rng, radii, relation)
+    radii = [rng.uniform(*SIZES[size]) for *_, size in looks]
+    free = len(looks) == 1 or relation is not None
+    places = _place(rng, radii, relation) if free else _place_in_quarters(rng, radii)
     things = tuple(
         Thing(shape, colour, *place, radius, rng.uniform(-0.25, 0.25), size)
         for (shape, colour, size), place, radius in zip(looks, places, radii, strict=True)
@@ -190,6 +190,15 @@ def _place(
                     return at
                 break
     return []
+
+
+def _place_in_quarters(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
+    """Finds centres in a quarter of the image each, so that a glance tells how many there are."""
+    places = []
+    for quarter, radius in zip(rng.permutation(4), radii, strict=False):
+        x, y = map(float, rng.uniform(radius + MARGIN, (SIZE - GAP) / 2 - radius, 2))
+        places.append((SIZE - x if quarter % 2 else x, SIZE - y if quarter // 2 else y))
+    return places
 
 
 def relation_of(a: tuple[float, float], b: tuple[float, float], least: float = 0.0) -> str | None:

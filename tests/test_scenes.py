@@ -45,6 +45,9 @@ def test_scenes_are_of_their_kind_and_objects_have_room(kind, held_out):
             assert np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
         for thing in scene.things:
             assert thing.radius < min(thing.x, thing.y, SIZE - thing.x, SIZE - thing.y)
+        if kind in ("count", "pair") and len(scene.things) > 1:
+            quarters = {(thing.x > SIZE / 2, thing.y > SIZE / 2) for thing in scene.things}
+            assert len(quarters) == len(scene.things)
         if kind == "relation":
             a, b = scene.things
             assert relation_of((a.x, a.y), (b.x, b.y)) == scene.relation
