@@ -35,7 +35,7 @@ from bf_lib.training_data import new_tokenizer
 
 SCENE_PLAN = Plan(steps=2400, batch=64, lr=2e-3, warmup=50, decay=0.6, ema=0.995)
 CLIP_PLAN = Plan(
-    steps=6000, batch=128, lr=4e-4, warmup=200, decay=0.7, ema=0.995, weight_decay=0.1
+    steps=5000, batch=128, lr=4e-4, warmup=200, decay=0.64, ema=0.995, weight_decay=0.1
 )
 
 _COLOURS, _BACKGROUNDS = tuple(COLOURS), tuple(BACKGROUNDS)
