@@ -214,8 +214,9 @@ def _save(data: bytes, path: Path, origin: Origin, **more: object) -> None:
 
 
 def _load(path: Path) -> tuple[bytes, dict]:
-    if not (path.exists() and _sidecar(path).exists()):
-        raise MissingArtifact(path)
+    for needed in (path, _sidecar(path)):
+        if not needed.exists():
+            raise MissingArtifact(needed)
     data = path.read_bytes()
     sidecar = json.loads(_sidecar(path).read_bytes())
     if sidecar["content"] != sha256(data):

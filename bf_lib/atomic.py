@@ -1,10 +1,12 @@
-"""Files that are there completely or not at all."""
+"""Files and lines that are there completely or not at all."""
 
-__all__ = ["DiskFull", "write_atomically"]
+__all__ = ["DiskFull", "append_line", "write_atomically"]
 
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,15 +21,42 @@ def write_atomically(path: Path, data: bytes) -> None:
         path: The file; its folder is made when it is missing.
         data: The whole content.
     """
-    try:
+    with _told_when_full(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_and_rename(path, data)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file that several processes may add to at once.
+
+    A line begins, not ends, with a line break: what a kill or a full disk leaves of one is a line
+    of its own, and does not spoil the next.
+
+    Arguments:
+        path: The file, which must be there.
+        line: The line, without a line break.
+    """
+    data = f"\n{line}".encode()
+    with _told_when_full(path, len(data)):
+        number = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            # In one go, so that processes do not mix their lines.
+            if os.write(number, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(number)
+
+
+@contextmanager
+def _told_when_full(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
     except OSError as err:
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFull(
             err.errno,
-            f"no space left for {path.name} ({len(data) / 1e6:.1f} MB); nothing was overwritten. "
+            f"no space left for {path.name} ({size / 1e6:.1f} MB); nothing was overwritten. "
             "Free some space and run the same command again",
             str(path.parent),
         ) from err

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
 from bf_lib.artifacts import load_json
@@ -124,15 +125,14 @@ def record(claims: Iterable[Claim]) -> list[dict[str, object]]:
     """Returns claims as JSON can hold them: numbers that are not finite become text."""
     return [
         asdict(claim)
-        | {
-            "value": _writable(claim.value),
-            "interval": claim.interval and [_writable(end) for end in claim.interval],
-        }
+        | {name: _writable(getattr(claim, name)) for name in ("value", "low", "high", "expected")}
+        | {"interval": claim.interval and [_writable(end) for end in claim.interval]}
         for claim in claims
     ]
 
 
 def _writable(value: Value) -> Value:
+    value = value.item() if isinstance(value, np.generic) else value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -2,6 +2,7 @@
 
 __all__ = ["Example", "channel_example", "convergence", "gaussian_errors", "grid_errors"]
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -86,8 +87,15 @@ def convergence(
             best = _error(weight, optimal_scale(weight, count), count)
             for step in steps:
                 error = _error(weight, alternating_scale(weight, count, step), count)
-                rows.append((name, count, step, error / best - 1))
+                rows.append((name, count, step, _excess(error, best)))
     return pd.DataFrame(rows, columns=["layer", "levels", "steps", "excess"])
+
+
+def _excess(error: float, best: float) -> float:
+    """Returns how much larger an error is than the best one, relative to it."""
+    if best == 0:  # a layer that a grid represents exactly
+        return 0.0 if error == 0 else math.inf
+    return error / best - 1
 
 
 def _error(weight: Tensor, scale: Tensor, levels: int) -> float:

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -105,14 +106,9 @@ def alternating_scale(weight: Tensor, levels: int, steps: int = 10) -> Tensor:
         raise ValueError(f"steps must be at least 0, got {steps}")
     bound = _bound(levels)
     weight = checked_weight(weight)
-    dims = tuple(range(1, weight.ndim))
     scale = or_one(_magnitude(weight) / bound)
     for _ in range(steps):
-        codes = _round(weight, scale, bound)
-        # A channel of zeros has no codes to fit: 0 / 1, and then the scale 1.
-        fit = (weight.double() * codes).sum(dim=dims, keepdim=True)
-        size = codes.square().sum(dim=dims, keepdim=True, dtype=torch.float64)
-        scale = or_one((fit / size.clamp_min(1)).to(weight.dtype))
+        scale = fitted_scale(weight, _round(weight, scale, bound))
     return scale
 
 
@@ -139,7 +135,7 @@ def optimal_scale(weight: Tensor, levels: int) -> Tensor:
 class Quantized(NamedTuple):
     """Integer codes with shape (out, *), and the scale of each output channel."""
 
-    codes: Tensor  # int8 up to 255 levels, else int16
+    codes: Tensor  # int8 up to 255 levels, int16 up to 65,535, else int32
     scale: Tensor  # (out, 1, ...)
 
 
@@ -154,7 +150,7 @@ def quantize(weight: Tensor, scale: Tensor, levels: int) -> Quantized:
     """
     bound = _bound(levels)
     weight = checked_weight(weight)
-    _check_scale(scale, weight)
+    check_scale(scale, weight)
     return Quantized(_round(weight, scale, bound).to(_code_type(bound)), scale)
 
 
@@ -192,13 +188,19 @@ def relative_mse(weight: Tensor, approximation: Tensor, per_channel: bool = Fals
 
 def _bound(levels: int) -> int:
     """Returns the largest code of a grid."""
-    if type(levels) is not int or levels < 3 or levels % 2 == 0:
+    try:
+        count = operator.index(levels)  # also of numpy's integers
+    except TypeError:
+        count = 0
+    if count < 3 or count % 2 == 0:
         raise ValueError(f"levels must be an odd whole number of at least 3, got {levels}")
-    return (levels - 1) // 2
+    return (count - 1) // 2
 
 
 def _code_type(bound: int) -> torch.dtype:
-    return torch.int8 if bound <= 127 else torch.int16
+    """Returns the smallest type that holds the codes."""
+    types = (torch.int8, torch.int16, torch.int32)
+    return next(kind for kind in types if bound <= torch.iinfo(kind).max)
 
 
 def _round(weight: Tensor, scale: Tensor, bound: int) -> Tensor:
@@ -212,6 +214,15 @@ def _magnitude(weight: Tensor) -> Tensor:
 def or_one(scale: Tensor) -> Tensor:
     """Replaces the scale 0 of a channel of zeros, or of one too small to have a scale, by 1."""
     return torch.where(scale > 0, scale, 1)
+
+
+def fitted_scale(weight: Tensor, codes: Tensor) -> Tensor:
+    """Returns the least-squares scale of each channel for given codes, <w, q> / <q, q> (Eq. 5)."""
+    dims = tuple(range(1, weight.ndim))
+    fit = (weight.double() * codes).sum(dim=dims, keepdim=True)
+    size = codes.square().sum(dim=dims, keepdim=True, dtype=torch.float64)
+    # A channel of zeros has no codes to fit: 0 / 1, and then the scale 1.
+    return or_one((fit / or_one(size)).to(weight.dtype))
 
 
 def checked_weight(weight: Tensor) -> Tensor:
@@ -230,7 +241,8 @@ def checked_weight(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _check_scale(scale: Tensor, weight: Tensor) -> None:
+def check_scale(scale: Tensor, weight: Tensor) -> None:
+    """Says what is wrong with the scales of weights, if anything is."""
     shape = (len(weight), *[1] * (weight.ndim - 1))
     if scale.shape != shape:
         raise ValueError(f"scale must have shape {shape}, got {tuple(scale.shape)}")

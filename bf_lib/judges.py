@@ -106,8 +106,9 @@ def read_scenes(judge: SceneJudge, images: Tensor, batch: int = 256) -> list[lis
     seen = []
     for part in images.split(batch):
         cells, _ = judge(part)
-        heat = torch.sigmoid(cells[:, :1])
-        peak = (heat == F.max_pool2d(heat, 5, stride=1, padding=2)) & (heat > THRESHOLD)
+        heat = cells[:, :1]  # as logits: where sigmoid is 1 in float32, they still differ
+        peak = heat == F.max_pool2d(heat, 5, stride=1, padding=2)
+        peak &= heat.sigmoid() > THRESHOLD
         for image, peaks in zip(cells, peak[:, 0], strict=True):
             found = [_seen(image[:, y, x], int(x), int(y)) for y, x in peaks.nonzero()]
             seen.append(sorted(found, key=lambda thing: -thing.heat))

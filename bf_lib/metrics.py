@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bf_lib.judges import load_clip_judge
 from bf_lib.mini import to_float, tokenize
-from bf_lib.models import MODELS, ModelNotFound
+from bf_lib.models import MODELS, UNREACHABLE, ModelNotFound
 from bf_lib.perceptual import Perceptual, lpips_alex, lpips_lite0
 
 # ViT-B/32, the paper's CLIP, with OpenAI's weights in the format of open_clip
@@ -57,6 +57,13 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Returns the peak signal-to-noise ratio of each image in dB, for a data range of 255.
 
     That of identical images is infinite.
+
+    Arguments:
+        a: Images as uint8, with shape (n, *).
+        b: What they are compared with, with the same shape.
+
+    Returns:
+        The ratios in float64, with shape (n,).
     """
     return 10 * torch.log10(255**2 / mse(a, b))
 
@@ -70,6 +77,9 @@ def clip_score(images: Tensor, texts: Tensor) -> Tensor:
     Arguments:
         images: The embeddings of the images, with shape (n, d).
         texts: The embeddings of the texts, with shape (n, d).
+
+    Returns:
+        The scores, with shape (n,).
     """
     if images.shape != texts.shape:
         raise ValueError(f"embeddings differ: {tuple(images.shape)} and {tuple(texts.shape)}")
@@ -87,7 +97,12 @@ class ClipScorer:
 
     @torch.inference_mode()
     def embed_images(self, images: Tensor, batch: int = 64) -> Tensor:
-        """Returns embeddings of unit length, with shape (n, d)."""
+        """Returns embeddings of unit length, with shape (n, d).
+
+        Arguments:
+            images: Images as uint8, with shape (n, h, w, 3).
+            batch: How many of them the model sees at once.
+        """
         device = next(self.model.parameters()).device
         parts = (self.preprocess(part).to(device) for part in images.split(batch))
         return torch.cat([self.model.encode_image(part, normalize=True) for part in parts])
@@ -123,7 +138,7 @@ def clip_vit_b32(device: str | torch.device = "cpu") -> ClipScorer:
     """
     try:
         weights = hf_hub_download(CLIP_REPOSITORY, CLIP_FILE)
-    except OSError as error:
+    except UNREACHABLE as error:
         raise ModelNotFound(
             f"no weights for CLIP ViT-B/32: looked for {CLIP_FILE} of {CLIP_REPOSITORY} in the "
             "local cache and on the hub. To get them: where there is a network, "
@@ -146,6 +161,10 @@ def load_metrics(model: str, device: str | torch.device = "cpu") -> tuple[Percep
     Arguments:
         model: "mini", or "sd15" for any model of photographs and pictures at large.
         device: Where the networks go.
+
+    Raises:
+        ModelNotFound: If their weights cannot be had.
+        ValueError: If there are no metrics of this name.
     """
     if model == "mini":
         return lpips_lite0(device), mini_clip(device)

@@ -29,7 +29,7 @@ from transformers import CLIPTokenizer
 
 from bf_lib.atomic import write_atomically
 from bf_lib.drawing import draw_many
-from bf_lib.evaluation import challenges, score
+from bf_lib.evaluation import challenges, interval, score
 from bf_lib.judges import SceneJudge, Seen, read_scenes
 from bf_lib.mini import to_float, tokenize
 from bf_lib.sampling import Sampler, generate
@@ -212,9 +212,16 @@ def write(
         guidance=guidance,
         tasks="\n".join(tasks),
         count=count,
+        margin=_margin(count),
     )
     write_atomically(folder / "README.md", text.encode())
     return folder / "README.md"
+
+
+def _margin(count: int) -> float:
+    """Returns how far an end of a 95 % interval of a share is from it at most."""
+    shares = [passed / count for passed in range(count + 1)]
+    return max(abs(share - end) for share in shares for end in interval(share, count))
 
 
 _CARD = """\
@@ -266,7 +273,7 @@ The share of prompts whose image passes, read by the scene judge: {steps} DPM-So
 guidance {guidance:g} (the best on other prompts, all from training combinations). Held-out
 combinations never occurred in training: colours of shapes, counts of shapes, pairs of shapes;
 their prompts always name the colours, which must then be right in every task. Each share is of
-{count} prompts, one image each; 95 % intervals are at most 0.07 to either side.
+{count} prompts, one image each; 95 % intervals are at most {margin:.2f} to either side.
 
 | task | training combinations | held-out combinations |
 | --- | --: | --: |

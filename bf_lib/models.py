@@ -2,6 +2,8 @@
 
 __all__ = [
     "MODELS",
+    "REVISIONS",
+    "UNREACHABLE",
     "ModelNotFound",
     "load_pipeline",
     "meta_unet",
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_log
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_log
 
@@ -30,7 +33,19 @@ MODELS: dict[str, Path | str] = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 
+# hub id -> the commit that the name stands for, so that it stays the same model
+REVISIONS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+}
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+# What the hub's clients raise where there are no weights or no network; a proxy that refuses and
+# a time-out are not OSErrors.
+UNREACHABLE = (OSError, httpx.TransportError)
+# Errors of the machine, for which a hint where to get weights would mislead.
+NOT_ABOUT_WEIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO, errno.EMFILE)
 
 
 class ModelNotFound(FileNotFoundError):
@@ -42,6 +57,7 @@ def load_pipeline(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
     local_files_only: bool = False,
 ) -> StableDiffusionPipeline:
     """Loads a Stable Diffusion pipeline, without its safety checker and its progress bar.
@@ -52,6 +68,8 @@ def load_pipeline(
         model: A name in `MODELS`, a folder in diffusers layout, or a hub id.
         device: Where the models go.
         dtype: The floating-point type of the models.
+        revision: The branch, tag or commit of a hub id; by default the commit in `REVISIONS`, and
+            the main branch where that has none.
         local_files_only: Whether a hub id must be in the local cache already.
 
     Raises:
@@ -66,14 +84,15 @@ def load_pipeline(
         with _no_loading_bars():
             pipe = StableDiffusionPipeline.from_pretrained(
                 source,
+                revision=revision or REVISIONS.get(source),
                 dtype=dtype,
                 safety_checker=None,
                 requires_safety_checker=False,
                 use_safetensors=True,
                 local_files_only=local_files_only,
             )
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+    except (*UNREACHABLE, SafetensorError) as error:
+        if getattr(error, "errno", None) in NOT_ABOUT_WEIGHTS:
             raise
         where = "the local cache" if local_files_only else "the local cache and the hub"
         place = source if isinstance(source, Path) else f"{source} in {where}"

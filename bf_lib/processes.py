@@ -11,7 +11,11 @@ import torch
 
 
 def make_deterministic(threads: int) -> None:
-    """Makes torch choose the same algorithms, in the same order of sums, at each run."""
+    """Makes torch choose the same algorithms, in the same order of sums, at each run.
+
+    Arguments:
+        threads: How many threads this process computes with, which decides the order.
+    """
     # Read by cuBLAS when it starts; without it, torch refuses deterministic products on CUDA.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -6,12 +6,14 @@ compared with those of the full-precision model: MSE, PSNR, a perceptual distanc
 the CLIP score. The paper also fine-tunes each candidate before it is scored; this sweep does not.
 
 Candidates are shared by single-model processes with a fixed number of threads, so any number of
-processes gives the same rows. A row is written by the process that made it, at once; a killed
-sweep goes on from its rows, unless anything that they depend on differs, when it starts over.
+processes gives the same rows. A row is written by the process that made it, at once, to a file
+that is named after everything that the row depends on; a killed sweep goes on from its rows, and
+a sweep that differs in anything has a file of its own.
 """
 
 __all__ = [
     "Candidate",
+    "CandidateFailed",
     "Sweep",
     "candidates",
     "quantized",
@@ -21,7 +23,6 @@ __all__ = [
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bf_lib.atomic import write_atomically
+from bf_lib.atomic import append_line, write_atomically
 from bf_lib.grids import alternating_scale, fake_quantize, levels_of_bits, relative_mse
 from bf_lib.layers import Layer, get_layer, list_layers
 from bf_lib.metrics import clip_score, load_metrics, mse, psnr
@@ -55,6 +56,10 @@ class Candidate:
     bits: int
 
 
+class CandidateFailed(ValueError):
+    """Candidates cannot be scored, because a weight or an image is NaN or infinite."""
+
+
 def candidates(layers: Sequence[Layer], bits: Sequence[int]) -> list[Candidate]:
     """Lists every layer at every bit-width: 768 for SD-v1.5."""
     return [Candidate(layer.name, b) for layer in layers for b in bits]
@@ -63,6 +68,11 @@ def candidates(layers: Sequence[Layer], bits: Sequence[int]) -> list[Candidate]:
 @contextmanager
 def quantized(unet: nn.Module, name: str, levels: int) -> Iterator[float]:
     """Quantizes one layer for the duration of the block, then puts its weight back bit for bit.
+
+    Arguments:
+        unet: The model that the layer is of.
+        name: The layer's dotted name.
+        levels: The number of levels of its grid; odd, at least 3.
 
     Yields:
         The relative squared error of the layer's weight.
@@ -172,8 +182,14 @@ class Bench:
         if candidate is None:
             # Drawn again: what differs from the first time is noise, in every row.
             return {"layer": None, "bits": None, "weight_mse": 0.0} | self.measure(self.draw())
-        with quantized(self.pipe.unet, candidate.layer, levels_of_bits(candidate.bits)) as error:
-            return asdict(candidate) | {"weight_mse": error} | self.measure(self.draw())
+        levels = levels_of_bits(candidate.bits)
+        try:
+            with quantized(self.pipe.unet, candidate.layer, levels) as error:
+                return asdict(candidate) | {"weight_mse": error} | self.measure(self.draw())
+        except ValueError as error:
+            raise CandidateFailed(
+                f"{candidate.layer} at {candidate.bits} bits: {error}"
+            ) from error
 
 
 _bench: Bench | None = None  # of this process
@@ -191,39 +207,37 @@ def _start(sweep: Sweep, path: Path, devices: Queue) -> None:
 def _score(candidate: Candidate | None) -> dict:
     """Returns the row of a candidate, after it is on file."""
     row = _bench.score(candidate)
-    line = (json.dumps(row) + "\n").encode()
-    file = os.open(_path, os.O_WRONLY | os.O_APPEND)
-    try:
-        written = os.write(file, line)  # in one go, so that processes do not mix their lines
-    finally:
-        os.close(file)
-    if written < len(line):
-        raise OSError(f"no space left for a row in {_path}")
+    append_line(_path, json.dumps(row))
     return row
 
 
 def run_sweep(
-    sweep: Sweep, path: Path, workers: int | None = None, devices: Sequence[str] | None = None
+    sweep: Sweep, folder: Path, workers: int | None = None, devices: Sequence[str] | None = None
 ) -> Iterator[dict]:
     """Yields the row of the full-precision model and of each candidate, those on file first.
 
     A row holds the candidate's layer and bits (None for full precision), the relative squared
-    error of its weight, and a list over prompts of each metric. Rows of another sweep in the same
-    file are discarded.
+    error of its weight, and a list over prompts of each metric.
 
     Arguments:
         sweep: What to sweep.
-        path: The file of rows, in JSON lines; the first says what they belong to.
+        folder: Where the rows are kept, in a file of the sweep's own.
         workers: How many processes share the candidates; by default one for each device.
         devices: The devices of the processes, taken in turn; by default the GPUs, or the CPU.
+
+    Raises:
+        CandidateFailed: If candidates could not be scored; all others are on file by then.
     """
     devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     pipe = sweep.load("cpu")
     wanted = [None, *sweep.candidates(pipe.unet)]
-    rows = _resume(path, _header(sweep, pipe, devices))
-    yield from rows
-    done = {(row["layer"], row["bits"]) for row in rows}
-    todo = [c for c in wanted if ((c.layer, c.bits) if c else (None, None)) not in done]
+    header = _header(sweep, pipe, devices)
+    path = _row_file(folder, header)
+    if not path.exists():
+        write_atomically(path, json.dumps(header).encode())
+    rows = _rows(path)
+    yield from rows.values()
+    todo = [c for c in wanted if ((c.layer, c.bits) if c else (None, None)) not in rows]
     del pipe
     if todo:
         yield from _share(sweep, todo, path, min(workers or len(devices), len(todo)), devices)
@@ -241,25 +255,39 @@ def _share(
     for number in range(workers):
         queue.put(devices[number % len(devices)])
     pool = ProcessPoolExecutor(workers, context, _start, (sweep, path, queue))
+    failed = []
     try:
         for future in as_completed([pool.submit(_score, candidate) for candidate in todo]):
-            yield future.result()
+            try:
+                row = future.result()
+            except CandidateFailed as error:
+                failed.append(str(error))
+                continue
+            yield row
     finally:
         pool.shutdown(cancel_futures=True)
+    if failed:
+        raise CandidateFailed(
+            "\n".join([f"{len(failed)} of {len(todo)} candidates failed:", *sorted(failed)])
+        )
 
 
-def _resume(path: Path, header: dict) -> list[dict]:
-    """Returns the complete rows on file that belong to this sweep, and leaves just them there."""
-    lines = path.read_text().split("\n") if path.exists() else []
-    rows = [row for line in lines if (row := _parsed(line)) is not None]
-    kept = rows[1:] if rows[:1] == [header] else []
-    text = "".join(json.dumps(row) + "\n" for row in [header, *kept])
-    write_atomically(path, text.encode())
-    return kept
+def _row_file(folder: Path, header: dict) -> Path:
+    """Returns the file of a sweep's rows: JSON lines, the first of them the header.
+
+    Its name is a digest of the header, so that rows of two sweeps cannot meet in one file.
+    """
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    return folder / f"rows-{digest[:16]}.jsonl"
+
+
+def _rows(path: Path) -> dict[tuple[str | None, int | None], dict]:
+    """Returns the rows on file by candidate, without those that a kill left incomplete."""
+    parsed = [_parsed(line) for line in path.read_text().split("\n")[1:]]
+    return {(row["layer"], row["bits"]): row for row in parsed if row is not None}
 
 
 def _parsed(line: str) -> dict | None:
-    """Reads a row; None for one that a kill or a full disk left incomplete."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
@@ -290,9 +318,12 @@ def _is_module(part: object) -> bool:
 
 
 def _description(part: object) -> dict:
-    """Returns the configuration of a part of a pipeline, without where it was loaded from."""
+    """Returns class and configuration of a part of a pipeline, without whence it was loaded."""
+    kind = {"class": type(part).__name__}
     if isinstance(part, PreTrainedTokenizerBase):
-        return part.get_vocab()
+        settings = ("model_max_length", "padding_side", "truncation_side", "special_tokens_map")
+        rules = part.backend_tokenizer.to_str() if part.is_fast else part.get_vocab()
+        return kind | {name: getattr(part, name) for name in settings} | {"rules": rules}
     config = getattr(part, "config", None) or {}
     entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return {name: value for name, value in entries.items() if not name.startswith("_")}
+    return kind | {name: value for name, value in entries.items() if not name.startswith("_")}

@@ -39,13 +39,14 @@ WORK = ("bare loop", "sweep")
 
 @torch.inference_mode()
 def _bare_loop(bench: Bench, evaluations: int) -> None:
-    """Runs the UNet alone for at least so many evaluations, in the sweep's batches."""
+    """Runs the UNet alone for so many evaluations, in the sweep's batches."""
     batch = bench.sweep.sampler.batch * (2 if bench.sweep.sampler.guided else 1)
     unet, dtype, device = bench.pipe.unet, bench.pipe.unet.dtype, bench.pipe.device
     x = torch.randn(batch, *latent_shape(bench.pipe)).to(device, dtype)
     text = bench.embeds.prompts[:1].expand(batch, -1, -1)
-    for _ in range(-(-evaluations // batch)):
-        unet(x, 500, encoder_hidden_states=text, return_dict=False)
+    for start in range(0, evaluations, batch):
+        count = min(batch, evaluations - start)
+        unet(x[:count], 500, encoder_hidden_states=text[:count], return_dict=False)
 
 
 def _serve(sweep: Sweep, evaluations: int, device: str, link: Connection) -> None:
@@ -117,6 +118,8 @@ def measure(
     evaluations = unet_evaluations(pipe, len(sweep.prompts), sweep.sampler)
     del pipe
     rows = []
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     for processes, threads in layouts:
         if processes < 1 or threads < 1:
             raise ValueError(f"a layout needs a process and a thread, got {processes, threads}")
@@ -187,7 +190,7 @@ def scale_seconds(
 def _sd15_shapes() -> list[tuple[tuple[int, ...], int]]:
     bits = published_recipe().set_index("name").bits
     layers = list_layers(meta_unet(sd15_unet_config()))
-    return [(layer.shape, levels_of_bits(int(bits[layer.name]))) for layer in layers]
+    return [(layer.shape, levels_of_bits(bits[layer.name])) for layer in layers]
 
 
 def _main() -> None:

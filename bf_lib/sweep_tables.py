@@ -18,8 +18,21 @@ def table(rows: Iterable[Mapping], layers: Sequence[Layer]) -> pd.DataFrame:
 
     The CLIP drop is the score of the full-precision images less the candidate's: positive where
     quantization loses something.
+
+    Arguments:
+        rows: What `sensitivity.run_sweep` yields, in any order.
+        layers: The layers of the UNet, for what is known of them.
+
+    Returns:
+        Columns layer, role, block, depth, params, bits, levels, weight_mse (relative squared
+        error), mse (squared units of 0..255), psnr (dB), perceptual, clip, clip_drop.
+
+    Raises:
+        ValueError: If the row of the full-precision model is missing.
     """
     found = {(row["layer"], row["bits"]): row for row in rows}
+    if (None, None) not in found:
+        raise ValueError("the rows lack that of the full-precision model")
     reference = np.array(found.pop((None, None))["clip"])
     known = {layer.name: layer for layer in layers}
     records = []

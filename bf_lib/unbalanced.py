@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bf_lib.grids import checked_weight, or_one
+from bf_lib.grids import check_scale, checked_weight, fitted_scale, or_one
 
 
 class UnbalancedGrid(NamedTuple):
@@ -83,15 +83,21 @@ def shifted_grid(weight: Tensor, bits: int) -> UnbalancedGrid:
 def alternating_grid(
     weight: Tensor, bits: int, start: UnbalancedGrid, steps: int = 10
 ) -> UnbalancedGrid:
-    """Improves the scales by alternating optimisation, the zero-points being kept (Eq. 5)."""
+    """Improves the scales by alternating optimisation, the zero-points being kept (Eq. 5).
+
+    Arguments:
+        weight: The weights, with shape (out, *).
+        bits: The number of bits b of the codes, 1 to 8.
+        start: The grids to start from.
+        steps: The number of alternations.
+    """
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
     scale, zero = start
     weight = checked_weight(weight)
-    dims = tuple(range(1, weight.ndim))
     for _ in range(steps):
-        codes = _round(weight, UnbalancedGrid(scale, zero), bits) - zero
-        fit = (weight.double() * codes).sum(dim=dims, keepdim=True)
-        size = codes.square().sum(dim=dims, keepdim=True, dtype=torch.float64)
-        scale = or_one((fit / or_one(size)).to(weight.dtype))
+        codes = _round(weight, UnbalancedGrid(scale, zero), bits)
+        scale = fitted_scale(weight, codes - zero)
     return UnbalancedGrid(scale, zero)
 
 
@@ -101,7 +107,9 @@ def quantize_unbalanced(weight: Tensor, grid: UnbalancedGrid, bits: int) -> Tens
 
     Where z is not whole, they are clip(round(w / s + z), 0, 2^b - 1).
     """
-    return _round(checked_weight(weight), grid, bits).to(torch.uint8)
+    weight = checked_weight(weight)
+    check_scale(grid.scale, weight)
+    return _round(weight, grid, bits).to(torch.uint8)
 
 
 def dequantize_unbalanced(codes: Tensor, grid: UnbalancedGrid) -> Tensor:

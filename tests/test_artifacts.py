@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from bf_lib import artifacts
 from bf_lib.artifacts import AlteredArtifact, MissingArtifact, Origin
-from bf_lib.atomic import DiskFull, write_atomically
+from bf_lib.atomic import DiskFull, append_line, write_atomically
 
 ORIGIN = Origin(made_by="03_toy", preset="mini", seed=0)
 
@@ -157,6 +157,21 @@ def test_a_full_disk_is_said_and_keeps_what_was_there(tmp_path, monkeypatch, ste
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_lines_are_added_whole_or_to_be_skipped(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    write_atomically(path, b"header")
+    append_line(path, "one")
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda number, data: write(number, data[:3]))
+    with pytest.raises(DiskFull, match="no space left for rows.jsonl"):
+        append_line(path, "two")
+    monkeypatch.undo()
+    append_line(path, "three")
+    assert path.read_text().split("\n") == ["header", "one", "tw", "three"]
+    with pytest.raises(FileNotFoundError):
+        append_line(tmp_path / "nowhere", "one")
 
 
 def test_other_errors_are_not_renamed(tmp_path):

@@ -70,13 +70,13 @@ def test_a_comparison_that_differs_is_kept_and_passes(run):
 
 def test_failing_checks_raise_together_at_the_end_and_are_written(run):
     run.check("rows", 767, expected=768)
-    run.check("error", math.nan, low=0.0, high=1.0)
+    run.check("error", np.float32("nan"), low=0.0, high=math.inf)
     run.check("holds", 1, expected=1)
     with pytest.raises(ClaimFailed) as caught:
         run.finish()
     assert "2 of this notebook's checks fail" in str(caught.value)
     assert "rows: got 767, expected 768" in str(caught.value)
-    assert "error: got nan, expected within [0, 1]" in str(caught.value)
+    assert "error: got np.float32(nan), expected within [0, inf]" in str(caught.value)
     written = gather("mini", run.root).set_index("name")
     assert written.status.tolist() == ["fails", "fails", "holds"]
     assert written.value["error"] == "nan"

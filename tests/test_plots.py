@@ -10,6 +10,8 @@ from bf_lib import pictures, plots
 from bf_lib.layers import list_layers
 from bf_lib.models import meta_unet, sd15_unet_config
 from bf_lib.paths import ROOT
+from bf_lib.protocol import study_layers
+from bf_lib.study import Study
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +120,14 @@ def test_a_layer_card_marks_its_layer(rows):
     assert x == (part.mse < y).sum()
 
 
+def test_figures_of_a_few_layers_can_be_drawn(rows):
+    few = study_layers(Study.of("smoke"), list_layers(toy_unet()))
+    part = rows[rows.layer.isin([layer.name for layer in few])].reset_index(drop=True)
+    figure = plots.sensitivity_bars(part, "mse")
+    figure.canvas.draw()
+    assert plots.parameters_by_depth(part[part.bits == 1])
+
+
 def test_curves_of_grids():
     methods = ["plain minmax", "plain alternating", "shifted alternating"]
     methods += ["minmax", "alternating", "optimal"]
@@ -150,11 +160,11 @@ def test_curves_of_grids():
 def test_levels_stand_where_the_scale_puts_them():
     weights = pd.DataFrame({"channel": "a", "weight": np.linspace(-1, 1, 30)})
     scales = pd.DataFrame(
-        [("a", "minmax", 4, 0.5), ("a", "optimal", 3, 0.4)],
+        [("a", "minmax", 5, 0.5), ("a", "optimal", 3, 0.4)],
         columns=["channel", "method", "levels", "scale"],
     )
     axis = plots.weight_histograms(weights, scales).axes[0]
-    assert axis.lines[0].get_xdata().tolist() == pytest.approx([-0.5, 0, 0.5, 1.0])
+    assert axis.lines[0].get_xdata().tolist() == pytest.approx([-1.0, -0.5, 0, 0.5, 1.0])
     assert axis.lines[1].get_xdata().tolist() == pytest.approx([-0.4, 0, 0.4])
 
 

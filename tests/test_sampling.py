@@ -13,6 +13,7 @@ from diffusers import (
 from torch import Tensor
 from toys import toy_pipeline
 
+from bf_lib.models import load_pipeline
 from bf_lib.sampling import (
     PromptEmbeds,
     Sampler,
@@ -111,6 +112,26 @@ def test_batch_size_does_not_matter_but_for_rounding(each, batch):
     images = generate(pipe, PROMPTS, SEEDS, Sampler(4, 4.0, batch=2, eta=eta))
     others = generate(pipe, PROMPTS, SEEDS, Sampler(4, 4.0, batch=batch, eta=eta))
     assert largest_difference(images, others) <= 1
+
+
+def test_a_trained_model_draws_the_same_in_any_order_and_shard():
+    """At the sweep's own batch; with other threads, sums of another order differ by rounding."""
+    pipe = load_pipeline("mini")
+    prompts, seeds = [f"{n} red stars" for n in ("one", "two", "three")] * 6, list(range(18))
+    sampler = Sampler(steps=2, guidance=3.0, batch=16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        images = generate(pipe, prompts, seeds, sampler)
+        turned = generate(pipe, prompts[::-1], seeds[::-1], sampler).flip(0)
+        shards = [generate(pipe, prompts[i::2], seeds[i::2], sampler) for i in range(2)]
+        torch.set_num_threads(2)
+        others = generate(pipe, prompts, seeds, sampler)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(turned, images)
+    assert torch.equal(torch.stack(shards, dim=1).flatten(0, 1), images)
+    assert largest_difference(others, images) <= 2
 
 
 def test_seeds_and_prompts_matter(toy):

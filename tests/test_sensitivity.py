@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,12 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from toys import toy_unet
 
 from bf_lib import sensitivity
+from bf_lib.atomic import append_line
 from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.layers import get_layer, list_layers
 from bf_lib.metrics import load_metrics
@@ -25,6 +27,7 @@ from bf_lib.paths import ROOT
 from bf_lib.protocol import study_layers, study_prompts
 from bf_lib.sampling import Sampler
 from bf_lib.sensitivity import (
+    CandidateFailed,
     Sweep,
     candidates,
     quantized,
@@ -33,7 +36,7 @@ from bf_lib.sensitivity import (
 from bf_lib.study import Study
 from bf_lib.sweep_tables import leading_roles, per_prompt, table
 
-LAYERS = ("down_blocks.0.attentions.0.proj_in", "mid_block.resnets.0.conv1")
+LAYERS = ("down_blocks.0.attentions.0.proj_in", "up_blocks.2.resnets.1.conv1")
 SWEEP = Sweep(
     model="mini",
     prompts=("a red star", "two blue rings"),
@@ -51,7 +54,7 @@ def by_candidate(rows):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """The sweep by one process, uninterrupted."""
-    return list(run_sweep(SWEEP, tmp_path_factory.mktemp("one") / "rows.jsonl"))
+    return list(run_sweep(SWEEP, tmp_path_factory.mktemp("one")))
 
 
 @pytest.mark.parametrize("levels", [3, 9])
@@ -91,7 +94,8 @@ def test_rows_are_complete_and_compare_with_full_precision(rows):
     reference = found[None, None]
     assert reference["mse"] == [0, 0]
     assert reference["perceptual"] == [0, 0]
-    assert np.isfinite(reference["psnr"]).all()  # identical images count as one value off by one
+    # identical images count as one value off by one
+    assert reference["psnr"] == pytest.approx([10 * np.log10(255**2 * 64 * 64 * 3)] * 2)
     for name in LAYERS:
         worse, better = found[name, 1], found[name, 2]
         assert worse["weight_mse"] > better["weight_mse"] > 0
@@ -127,7 +131,7 @@ def test_a_role_leads_as_often_as_the_prompts_say_so():
 
 
 def test_any_number_of_processes_gives_the_same_rows(rows, tmp_path):
-    both = list(run_sweep(SWEEP, tmp_path / "rows.jsonl", workers=2))
+    both = list(run_sweep(SWEEP, tmp_path, workers=2))
     assert by_candidate(both) == by_candidate(rows)
 
 
@@ -138,7 +142,7 @@ sys.path.insert(0, {tests!r})
 from test_sensitivity import SWEEP
 from bf_lib.sensitivity import run_sweep
 if __name__ == "__main__":
-    rows = run_sweep(SWEEP, Path({path!r}), workers=2)
+    rows = run_sweep(SWEEP, Path({folder!r}), workers=2)
     next(rows)
     time.sleep(600)
 """
@@ -153,24 +157,29 @@ def wait_until(condition, seconds=120):
 
 def test_a_killed_sweep_goes_on_with_the_same_result(rows, tmp_path):
     """Though it takes one row and then looks away, all that are finished are kept."""
-    path, script = tmp_path / "rows.jsonl", tmp_path / "sweep.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(path)))
+    script = tmp_path / "sweep.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     running = subprocess.Popen([sys.executable, str(script)], cwd=ROOT)
-    wait_until(lambda: path.exists() and path.read_text().count("\n") >= 4)
+    wait_until(lambda: any(len(lines(path)) >= 4 for path in tmp_path.glob("*.jsonl")))
     workers = psutil.Process(running.pid).children(recursive=True)
     assert len(workers) >= 2
     running.send_signal(signal.SIGKILL)
     running.wait()
     wait_until(lambda: not any(is_alive(worker) for worker in workers), seconds=30)
-    kept = path.read_text().split("\n")[:-1][1:]
+    (path,) = tmp_path.glob("*.jsonl")
+    header, *kept = lines(path)
     kept = kept[: len(rows) - 2]  # had it been killed later, there would be nothing to resume
-    header = path.read_text().split("\n")[0]
-    # A kill may leave half a line, and another process may write its own behind it.
-    path.write_text("\n".join([header, *kept[:-1], '{"layer": "half a li' + kept[-1], ""]))
-    resumed = list(run_sweep(SWEEP, path))
-    assert [json.loads(line) for line in kept[:-1]] == resumed[: len(kept) - 1]
+    # A kill may leave half a line, and another process writes its own behind it.
+    path.write_text("\n".join([header, *kept[:-1], '{"layer": "half a li', kept[-1]]))
+    resumed = list(run_sweep(SWEEP, tmp_path))
+    assert [json.loads(line) for line in kept] == resumed[: len(kept)]
+    assert len(resumed) == len(rows)
     assert by_candidate(resumed) == by_candidate(rows)
-    assert len(path.read_text().split("\n")[:-1]) == 1 + len(rows)
+    assert list(run_sweep(SWEEP, tmp_path)) == resumed
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().split("\n")
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -178,14 +187,21 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def test_rows_of_other_settings_are_not_mixed_in(rows, tmp_path):
-    path = tmp_path / "rows.jsonl"
     small = replace(SWEEP, layers=LAYERS[:1], bits=(1,))
-    first = list(run_sweep(small, path))
-    header = path.read_text().split("\n")[0]
-    other = list(run_sweep(replace(small, seeds=(5, 6)), path))
+    first = list(run_sweep(small, tmp_path))
+    other = list(run_sweep(replace(small, seeds=(5, 6)), tmp_path))
     assert by_candidate(other)[LAYERS[0], 1] != by_candidate(first)[LAYERS[0], 1]
-    assert path.read_text().split("\n")[0] != header
-    assert len(path.read_text().split("\n")[:-1]) == 1 + len(other)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+    # Going back to the first settings costs nothing.
+    assert list(run_sweep(small, tmp_path)) == first
+
+
+def test_rows_of_two_workers_on_one_file_count_once(rows, tmp_path):
+    """As when a worker of a killed sweep ends its row while the next sweep begins."""
+    once = list(run_sweep(SWEEP, tmp_path))
+    (path,) = tmp_path.glob("*.jsonl")
+    append_line(path, json.dumps(once[-1]))
+    assert list(run_sweep(SWEEP, tmp_path)) == once
 
 
 REFERENCE = replace(SWEEP, layers=(), bits=(1,))  # full precision alone
@@ -193,12 +209,11 @@ REFERENCE = replace(SWEEP, layers=(), bits=(1,))  # full precision alone
 
 @pytest.fixture
 def marked(tmp_path) -> Path:
-    """Rows on file, one of them marked, so that one that is computed anew can be told."""
-    path = tmp_path / "rows.jsonl"
-    (row,) = run_sweep(REFERENCE, path)
-    header = path.read_text().split("\n")[0]
-    path.write_text("\n".join([header, json.dumps(row | {"weight_mse": 99.0}), ""]))
-    return path
+    """A folder with a row that is marked, so that one that is computed anew can be told."""
+    (row,) = run_sweep(REFERENCE, tmp_path)
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_text("\n".join([lines(path)[0], json.dumps(row | {"weight_mse": 99.0})]))
+    return tmp_path
 
 
 def change_unet(pipe):
@@ -210,6 +225,16 @@ def change_scheduler(pipe):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 
 
+def change_kind_of_scheduler(pipe):
+    """To one with the same configuration."""
+    kind = type("Other", (type(pipe.scheduler),), {})
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+
+
+def change_tokens(pipe):
+    pipe.tokenizer.model_max_length -= 1
+
+
 def change_scale(pipe):
     pipe.vae.register_to_config(scaling_factor=1.5)
 
@@ -219,8 +244,11 @@ def test_rows_of_the_same_sweep_are_kept(marked):
     assert row["weight_mse"] == 99.0
 
 
-@pytest.mark.parametrize("change", [change_unet, change_scheduler, change_scale])
-def test_rows_of_another_model_are_discarded(change, marked, monkeypatch):
+CHANGES = [change_unet, change_scheduler, change_kind_of_scheduler, change_tokens, change_scale]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_of_another_model_are_not_taken(change, marked, monkeypatch):
     def load(self, device):
         pipe = load_pipeline("mini", device=device)
         change(pipe)
@@ -231,7 +259,7 @@ def test_rows_of_another_model_are_discarded(change, marked, monkeypatch):
     assert row["weight_mse"] == 0.0
 
 
-def test_rows_of_another_judge_are_discarded(marked, monkeypatch):
+def test_rows_of_another_judge_are_not_taken(marked, monkeypatch):
     def load(name, device="cpu"):
         perceptual, clip = load_metrics(name, device)
         with torch.no_grad():
@@ -244,7 +272,7 @@ def test_rows_of_another_judge_are_discarded(marked, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["versions", "library_digest"])
-def test_rows_of_other_code_and_libraries_are_discarded(what, marked, monkeypatch):
+def test_rows_of_other_code_and_libraries_are_not_taken(what, marked, monkeypatch):
     monkeypatch.setattr(sensitivity, what, lambda *_: "another")
     (row,) = run_sweep(REFERENCE, marked)
     assert row["weight_mse"] == 0.0
@@ -252,7 +280,7 @@ def test_rows_of_other_code_and_libraries_are_discarded(what, marked, monkeypatc
 
 def test_unknown_layers_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no such quantizable layers: \['conv_in', 'typo'\]"):
-        next(run_sweep(replace(SWEEP, layers=("typo", "conv_in", *LAYERS)), tmp_path / "rows"))
+        next(run_sweep(replace(SWEEP, layers=("typo", "conv_in", *LAYERS)), tmp_path))
 
 
 def test_a_layer_that_cannot_be_quantized_is_named():
@@ -262,6 +290,29 @@ def test_a_layer_that_cannot_be_quantized_is_named():
         get_layer(unet, name).weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=f"{name}: "), quantized(unet, name, 3):
         pass
+
+
+class Spoilt(Sweep):
+    """A sweep of a model that draws as ever, but one of whose layers cannot be quantized."""
+
+    def load(self, device):
+        pipe = super().load(device)
+        layer = get_layer(pipe.unet, LAYERS[0])
+        weight = layer.weight.detach().clone()
+        layer.forward = lambda x: F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+        with torch.no_grad():
+            layer.weight[0] = torch.nan
+        return pipe
+
+
+def test_a_candidate_that_fails_is_named_after_all_others_are_done(tmp_path):
+    settings = {field.name: getattr(SWEEP, field.name) for field in fields(SWEEP)}
+    sweep = Spoilt(**settings | {"bits": (1,)})
+    done = []
+    with pytest.raises(CandidateFailed, match=f"1 of 3 candidates failed:\n{LAYERS[0]} at 1 bits"):
+        for row in run_sweep(sweep, tmp_path):
+            done.append((row["layer"], row["bits"]))
+    assert sorted(done, key=str) == [(None, None), (LAYERS[1], 1)][::-1]
 
 
 def test_prompts_and_seeds_must_pair_up():

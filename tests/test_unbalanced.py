@@ -118,3 +118,12 @@ def test_bad_weights_are_refused():
     grid = UnbalancedGrid(torch.ones(1, 1), torch.ones(1, 1))
     with pytest.raises(ValueError, match="NaN or infinite"):
         quantize_unbalanced(weight, grid, 2)
+
+
+def test_bad_scales_and_steps_are_refused():
+    weight = torch.ones(2, 3)
+    grid = UnbalancedGrid(torch.zeros(2, 1), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="scale must be positive"):
+        quantize_unbalanced(weight, grid, 2)
+    with pytest.raises(ValueError, match="steps must be at least 0"):
+        alternating_grid(weight, 2, fixed_grid(weight, 2), steps=-1)

@@ -101,6 +101,19 @@ def test_notebooks_that_were_not_run_are_named_and_not_compared(root, capsys):
     assert "not run here, so not compared: 90_other" in said and "4 committed files" in said
 
 
+def test_a_run_that_recomputed_nothing_committed_does_not_pass(root, capsys):
+    (stamp,) = (root / "build" / "mini").glob("*.done")
+    stamp.rename(stamp.with_name("00_other.done"))
+    assert verify.main("mini", root) == 1
+    said = capsys.readouterr()
+    assert "none of the committed values" in said.err and "all agree" not in said.out
+
+
+def test_claims_are_as_tolerant_as_what_they_are_computed_from():
+    old, new = b'[{"value": 2.0, "low": 1.0}]', b'[{"value": 2.01, "low": 1.01}]'
+    assert [d.place for d in compare("claims.json", old, new)[1]] == ["claims.json 0/low"]
+
+
 def test_what_is_no_longer_written_is_said(root, capsys):
     save(root, ROWS, CLAIMS, written=WRITTEN[1:])
     assert verify.main("mini", root) == 1

@@ -55,7 +55,8 @@ def mark_blocks(axis: Axes, layers: pd.DataFrame) -> None:
     """Labels the axis of depth by the blocks, and draws lines between them."""
     spans = layers.groupby("block").depth.agg(["min", "max"]).sort_values("min")
     middle = spans.mean(axis=1)
-    low = ["down3"]  # it has four layers, too few for a label beside that of mid
+    # down3 has four layers, too few for a label beside that of mid.
+    low = middle.index.intersection(["down3"])
     axis.set_xticks(middle.drop(low), middle.index.drop(low), fontsize=7)
     axis.set_xticks(middle[low], low, fontsize=7, minor=True)
     axis.tick_params(axis="x", which="minor", length=0, pad=12)

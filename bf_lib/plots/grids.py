@@ -2,6 +2,7 @@
 
 __all__ = ["error_by_levels", "steps_to_converge", "weight_histograms"]
 
+import itertools
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -26,7 +27,7 @@ def weight_histograms(weights: pd.DataFrame, scales: pd.DataFrame) -> Figure:
 
     Arguments:
         weights: Columns channel, weight.
-        scales: Columns channel, method, levels, scale.
+        scales: Columns channel, method, levels (odd), scale.
     """
     channels = list(dict.fromkeys(weights.channel))
     columns = min(4, len(channels))
@@ -92,7 +93,7 @@ def steps_to_converge(excess: pd.DataFrame) -> Figure:
             a layer.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2))
-    marks = iter("os^Dv")
+    marks = itertools.cycle("os^Dv")
     for levels, part in excess.groupby("levels"):
         by_step = part.groupby("steps").excess.quantile([0.25, 0.5, 0.75]).unstack()
         (line,) = axis.plot(
