@@ -77,7 +77,7 @@ class Round:
 # to learn drawing drowns.
 ROUNDS = (
     Round(Plan(steps=4500, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999), late=1.5),
-    Round(Plan(steps=5500, batch=64, lr=5e-4, warmup=200, decay=0.7, ema=0.999, seed=1), late=2.5),
+    Round(Plan(steps=4500, batch=64, lr=5e-4, warmup=200, decay=0.7, ema=0.999, seed=1), late=2.5),
 )
 VAE_PLAN = Plan(steps=1200, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)
 
