@@ -32,7 +32,7 @@ from bf_lib.drawing import draw_many
 from bf_lib.evaluation import challenges, interval, score
 from bf_lib.judges import SceneJudge, Seen, read_scenes
 from bf_lib.mini import to_float, tokenize
-from bf_lib.sampling import Sampler, generate
+from bf_lib.sampling import Sampler, generate, generate_in_processes
 from bf_lib.scenes import Scene, caption, relation_of, sample_scene
 from bf_lib.train_text import said
 
@@ -133,17 +133,17 @@ def retrieval(
 
 
 def generator_scores(
-    pipe: StableDiffusionPipeline,
+    model: str | Path,
     judge: SceneJudge,
     guidance: float,
     count: int,
     seed: int,
     held_out: bool = False,
 ) -> pd.Series:
-    """Returns the share of challenges that the pipeline's images pass, by task.
+    """Returns the share of challenges that a pipeline's images pass, by task.
 
     Arguments:
-        pipe: The pipeline; its scheduler takes 20 steps.
+        model: The pipeline's name or folder; its scheduler takes 20 steps.
         judge: The scene judge.
         guidance: The scale of classifier-free guidance.
         count: How many challenges of each task.
@@ -153,7 +153,8 @@ def generator_scores(
     asked = challenges(count, seed, held_out)
     seeds = [10_000 * (seed + 1) + i for i in range(len(asked))]
     sampler = Sampler(steps=STEPS, guidance=guidance, batch=32)
-    images = generate(pipe, [challenge.prompt for challenge in asked], seeds, sampler)
+    prompts = [challenge.prompt for challenge in asked]
+    images = generate_in_processes(model, prompts, seeds, sampler)
     return score(asked, read_scenes(judge, to_float(images.numpy())))
 
 

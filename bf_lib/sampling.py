@@ -14,6 +14,7 @@ __all__ = [
     "decode",
     "encode_prompts",
     "generate",
+    "generate_in_processes",
     "generators_of",
     "initial_latents",
     "latent_shape",
@@ -24,11 +25,18 @@ import copy
 import inspect
 import math
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
+
+from bf_lib.models import load_pipeline
+from bf_lib.processes import end_with_parent, make_deterministic
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +169,49 @@ def generate(
         latents = _denoise(pipe, embeds[index], [seeds[i] for i in index], sampler)
         images.append(decode(pipe, latents)[:count])
     return torch.cat(images)
+
+
+def generate_in_processes(
+    model: str | Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    processes: int = 2,
+    threads: int = 1,
+) -> Tensor:
+    """Generates the same images as `generate`, shared by processes on the CPU.
+
+    On two cores, two processes of one thread draw about 1.3 times as many as one of two.
+
+    Arguments:
+        model: The name, folder or hub id of the pipeline, which each process loads.
+        prompts: The prompts.
+        seeds: The seed of each sample.
+        sampler: Steps, guidance and batch size.
+        processes: How many processes share the samples.
+        threads: Threads of each process.
+
+    Returns:
+        The images as uint8, with shape (n, height, width, 3).
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    if len(prompts) != len(seeds) or not prompts:
+        raise ValueError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+    size = math.ceil(len(seeds) / processes)
+    starts = range(0, len(seeds), size)
+    shares = [(prompts[i : i + size], seeds[i : i + size]) for i in starts]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        parts = [pool.submit(_share, model, *share, sampler, threads) for share in shares]
+        return torch.from_numpy(np.concatenate([part.result() for part in parts]))
+
+
+def _share(
+    model: str | Path, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, threads: int
+) -> np.ndarray:
+    end_with_parent()
+    make_deterministic(threads)
+    return generate(load_pipeline(model), prompts, seeds, sampler).numpy()
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from bf_lib.sampling import (
     decode,
     encode_prompts,
     generate,
+    generate_in_processes,
     generators_of,
     initial_latents,
     latent_shape,
@@ -248,3 +249,21 @@ def test_prompts_and_seeds_must_match(toy):
     empty = PromptEmbeds(torch.zeros(0, 10, 16), torch.zeros(1, 10, 16))
     with pytest.raises(ValueError, match="nothing to generate"):
         generate(toy, empty, [], Sampler(steps=1))
+
+
+def test_processes_draw_what_one_would(toy, tmp_path):
+    toy.save_pretrained(tmp_path)
+    sampler = Sampler(steps=2, guidance=3.0, batch=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = generate(load_pipeline(tmp_path), PROMPTS, SEEDS, sampler)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(generate_in_processes(tmp_path, PROMPTS, SEEDS, sampler), alone)
+
+
+@pytest.mark.parametrize(("prompts", "seeds", "processes"), [("ab", [1], 2), ("a", [1], 0)])
+def test_impossible_shares_are_refused(prompts, seeds, processes):
+    with pytest.raises(ValueError, match=r"must be at least|prompts and"):
+        generate_in_processes("mini", list(prompts), seeds, Sampler(steps=1), processes)
