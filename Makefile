@@ -95,10 +95,14 @@ $(B)/$(MINI).done: notebooks/$(MINI).ipynb $(LIB) $(B)/settings | $(READY)
 
 # A notebook that reads what another one wrote comes after it: NN.done: MM.done. None does yet.
 
-# With both goals, the study waits for the model.
+# Goals that are given together take turns where one writes what the other reads: the study runs
+# again after a new model, and pages and figures are made of what was just run.
 ifneq ($(filter mini,$(MAKECMDGOALS)),)
-$(STUDY:%=$(B)/%.done): | $(B)/$(MINI).done
+$(STUDY:%=$(B)/%.done): $(B)/$(MINI).done
 endif
+site: | $(filter render,$(MAKECMDGOALS))
+figures: | $(filter reproduce render,$(MAKECMDGOALS))
+smoke: | $(filter test,$(MAKECMDGOALS))
 
 # Rewritten only when it changes: other parameters, threads or versions, or a file less.
 $(B)/settings: FORCE

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +93,18 @@ def execute(source: Path, build: Path, given: Mapping[str, str]) -> None:
         print(f"{label}: done in {duration(time.time() - start)}", file=terminal, flush=True)
 
 
+def _pairs(arguments: Sequence[str]) -> dict[str, str]:
+    """Returns values by name from "name=value", each of which may be given once."""
+    given: dict[str, str] = {}
+    for name, _, text in (pair.partition("=") for pair in arguments):
+        if name in given:
+            raise nb.NotebookError(
+                f"parameter {name} is given twice: PRESET= and SEED= set theirs"
+            )
+        given[name] = text
+    return given
+
+
 def _given_to(source: Path, given: Mapping[str, str]) -> dict[str, str]:
     """Returns the parameters that are meant for a notebook, by their own names."""
     meant = {}
@@ -166,9 +178,8 @@ def _redirected(log: Path) -> Iterator[TextIO]:
 def main(arguments: list[str]) -> int:
     """Runs the notebook that the command line names; returns the exit status."""
     source, build = Path(arguments[0]), Path(arguments[1])
-    pairs = (pair.partition("=") for pair in arguments[2:])
     try:
-        execute(source, build, {name: text for name, _, text in pairs})
+        execute(source, build, _pairs(arguments[2:]))
     except KeyboardInterrupt:
         print(f"{source}: interrupted", file=sys.stderr)
         return 130

@@ -1,6 +1,13 @@
 """Tables of how well grids fit weights, by scale, number of levels and step (§4.1)."""
 
-__all__ = ["Example", "channel_example", "convergence", "gaussian_errors", "grid_errors"]
+__all__ = [
+    "Example",
+    "channel_example",
+    "convergence",
+    "gaussian_errors",
+    "grid_errors",
+    "scale_errors",
+]
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,6 +80,13 @@ def _approximations(weight: Tensor, bits: int) -> dict[str, tuple[int, Tensor]]:
     return found
 
 
+def scale_errors(weight: Tensor, levels: int) -> dict[str, float]:
+    """Returns the relative squared error of one layer by the way to choose the scale."""
+    return {
+        method: _error(weight, scale(weight, levels), levels) for method, scale in SCALES.items()
+    }
+
+
 def convergence(
     weights: Iterable[tuple[str, Tensor]], levels: Sequence[int], steps: Sequence[int]
 ) -> pd.DataFrame:
@@ -106,9 +120,9 @@ def gaussian_errors(levels: Sequence[int], generator: torch.Generator) -> pd.Dat
     """Tabulates the error of each way to choose the scale on Gaussian channels of 1280 weights."""
     weight = torch.randn(1000, 1280, generator=generator)
     rows = [
-        (count, method, _error(weight, scale(weight, count), count))
+        (count, method, error)
         for count in levels
-        for method, scale in SCALES.items()
+        for method, error in scale_errors(weight, count).items()
     ]
     table = pd.DataFrame(rows, columns=["levels", "method", "relative_mse"])
     return table.pivot(index="levels", columns="method", values="relative_mse")[list(SCALES)]

@@ -118,7 +118,7 @@ def optimal_scale(weight: Tensor, levels: int) -> Tensor:
 
     It is the global optimum, found by the exact search of `bf_lib.scale_search`, so no channel
     has more error than with `minmax_scale` or `alternating_scale`, up to the rounding of scale
-    times code to the type of the weights (below 1e-8 of the squared norm in float32).
+    times code to the type of the weights (below 1e-7 of the squared norm in float32).
     """
     bound = _bound(levels)
     weight = checked_weight(weight)

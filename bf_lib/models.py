@@ -30,6 +30,7 @@ from bf_lib.paths import ROOT, display_path
 # name of a model -> its folder or its hub id
 MODELS: dict[str, Path | str] = {
     "mini": ROOT / "data" / "mini",
+    "smoke": ROOT / "data" / "mini",  # the preset of that name runs the same model
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 
@@ -105,7 +106,7 @@ def _not_found(model: str | Path, place: str | Path, what: str) -> str:
     """Says what was looked for and where, and how to come by it."""
     inside = isinstance(place, Path) and place.is_relative_to(ROOT)
     shown = display_path(place) if inside else place
-    if str(model) == "mini":
+    if place == MODELS["mini"]:
         remedy = "`mini` ships with the repository; `make mini` trains it again"
     elif isinstance(place, Path):
         remedy = f"give a folder in diffusers layout, a hub id, or one of {', '.join(MODELS)}"

@@ -10,7 +10,7 @@ bare loop is as many UNet evaluations in batches of the same size.
 The search: Gaussian weights in the shapes of SD-v1.5's layers at their published bit-widths.
 """
 
-__all__ = ["LAYOUTS", "measure", "scale_seconds", "summary"]
+__all__ = ["measure", "scale_seconds", "summary"]
 
 import argparse
 import time
@@ -33,7 +33,6 @@ from bf_lib.sampling import latent_shape, unet_evaluations
 from bf_lib.sensitivity import Bench, Candidate, Sweep
 from bf_lib.study import PRESETS, Study
 
-LAYOUTS = ((2, 1), (1, 2))  # (processes, threads of each)
 WORK = ("bare loop", "sweep")
 
 
@@ -100,7 +99,7 @@ def _turn(links: Sequence[Connection], asked: Sequence[object]) -> float:
 
 
 def measure(
-    sweep: Sweep, rounds: int, layouts: Sequence[tuple[int, int]] = LAYOUTS
+    sweep: Sweep, rounds: int, layouts: Sequence[tuple[int, int]] = ((2, 1), (1, 2))
 ) -> pd.DataFrame:
     """Times both kinds of work in each layout of processes, in turn.
 
@@ -197,17 +196,21 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m bf_lib.speed")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="single-thread processes")
     options = parser.parse_args()
+    if options.workers < 2:
+        parser.error(f"workers must be at least 2, got {options.workers}")
     study = Study.of(options.preset)
     layers = list_layers(load_pipeline(study.model).unet)
     sweep = Sweep.of(study, study_prompts(study, seed=0), study_layers(study, layers))
-    table = measure(sweep, options.rounds)
+    layouts = (options.workers, 1), (1, options.workers)
+    table = measure(sweep, options.rounds, layouts)
     print(f"UNet evaluations per second, medians of {options.rounds} rounds")
     print(summary(table).round(2).to_string())
     rates = table[table.work == "sweep"].pivot(
         index="round", columns=["processes", "threads"], values="evaluations_per_second"
     )
-    first, second = LAYOUTS
+    first, second = layouts
     gain = (rates[first] / rates[second]).median()
     print(f"sweep, {first[0]} processes of {first[1]} thread over ", end="")
     print(f"{second[0]} of {second[1]} threads: {gain:.2f}x")

@@ -17,7 +17,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,6 +185,18 @@ def _is_orphan(name: str, written: Collection[str]) -> bool:
     return not any(f"{stem}{kind}" in written for kind in kinds)
 
 
+def _uncommitted(written: Mapping[str, Mapping[str, str]], names: Sequence[str]) -> list[str]:
+    """Returns the values that were written here but not committed with others of their notebook.
+
+    A figure counts by its sidecar; tensors are never committed.
+    """
+    notebooks = {_notebook_of(name) for name in names}
+    found = [name for notebook in notebooks for name in written.get(notebook, ())]
+    by_sidecar = [name.removesuffix(".png") + ".json" for name in found if name.endswith(".png")]
+    values = [name for name in found if name.endswith((".csv", ".json"))]
+    return sorted({*values, *by_sidecar} - set(names))
+
+
 def main(preset: str, root: Path = ROOT) -> int:
     """Compares all committed results of a preset with the fresh ones; returns the exit status."""
     try:
@@ -206,6 +218,7 @@ def main(preset: str, root: Path = ROOT) -> int:
         if _is_changed(root, name, digest)
     }
     problems = [f"{name}: not what its notebook wrote here" for name in sorted(changed)]
+    problems += [f"{name}: written here, not committed" for name in _uncommitted(written, names)]
     compared, values, differences = 0, 0, []
     for name in names:
         results = written.get(_notebook_of(name))

@@ -104,11 +104,12 @@ def test_the_graph_settles_and_follows_changes(project, write_notebook):
     assert make(project, "reproduce").returncode == 0
     assert ran() == ["03", "again"]
 
-    assert make(project, "--touch", "reproduce").returncode == 0
     with (project / "bf_lib/paths.py").open("a") as library:
         library.write("\n")
-    plan = make(project, "--dry-run", "reproduce").stdout
-    assert "notebooks/01_unet_anatomy.ipynb" in plan and "notebooks/03_sensitivity.ipynb" in plan
+    assert make(project, "-j2", "reproduce").returncode == 0
+    assert ran() == ["01", "03", "again"]
+    assert make(project, "-j2", "reproduce").returncode == 0
+    assert ran() == []
 
     write_notebook(upstream, "raise ValueError('broken')")
     assert make(project, "-k", "-j2", "reproduce").returncode != 0
@@ -117,10 +118,16 @@ def test_the_graph_settles_and_follows_changes(project, write_notebook):
 
 
 def test_what_is_edited_during_a_run_is_not_missed(project, write_notebook):
-    edit = "from pathlib import Path\nPath('../bf_lib/paths.py').touch()"
+    edit = """from pathlib import Path
+ran = Path("../ran.log")
+if not ran.exists():
+    Path("../bf_lib/paths.py").touch()
+with ran.open("a") as file:
+    file.write("once ")"""
     write_notebook(project / "notebooks/00_overview.ipynb", edit)
-    assert make(project, "reproduce").returncode == 0
-    assert make(project, "--question", "reproduce").returncode == 1
+    for count in (1, 2, 2):  # the second run sees the edit, and there is nothing left for a third
+        assert make(project, "reproduce").returncode == 0
+        assert (project / "ran.log").read_text().split() == ["once"] * count
 
 
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(project, write_notebook):
@@ -152,6 +159,29 @@ def test_training_the_model_is_a_target_of_its_own(project, write_notebook):
     assert make(project, "--dry-run", "reproduce").returncode == 0
     assert "90_train_mini" not in make(project, "--dry-run", "reproduce").stdout
     assert "notebooks/90_train_mini.ipynb" in make(project, "--dry-run", "mini").stdout
+
+
+def test_a_preset_is_given_once(project, write_notebook):
+    write_notebook(project / "notebooks/01_unet_anatomy.ipynb", COUNT.format(name="01"))
+    result = make(project, "reproduce", "PARAMS=preset=smoke")
+    assert result.returncode != 0
+    assert "01_unet_anatomy.ipynb FAILED: parameter preset is given twice" in result.stderr
+    assert not (project / "ran.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("goals", "first", "second"),
+    [
+        (("site", "render"), "notebooks/rendered/", "bf_lib.site"),
+        (("figures", "reproduce"), "01_unet_anatomy.ipynb", "bf_lib.figures"),
+        (("reproduce", "mini"), "90_train_mini.ipynb", "01_unet_anatomy.ipynb"),
+    ],
+)
+def test_goals_take_turns(project, write_notebook, goals, first, second):
+    for name in ("01_unet_anatomy", "90_train_mini"):
+        write_notebook(project / f"notebooks/{name}.ipynb", COUNT.format(name=name))
+    plan = make(project, "--dry-run", *goals).stdout
+    assert plan.index(first) < plan.index(second)
 
 
 def test_help_is_the_default(project):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from toys import toy_unet
 
-from bf_lib import pictures, plots
+from bf_lib import artifacts, pictures, plots
 from bf_lib.layers import list_layers
 from bf_lib.models import meta_unet, sd15_unet_config
 from bf_lib.paths import ROOT
@@ -155,6 +155,26 @@ def test_curves_of_grids():
     )
     axis = plots.steps_to_converge(excess).axes[0]
     np.testing.assert_allclose(axis.lines[0].get_ydata(), [10, 10 / 6, 10 / 11])
+
+
+def test_each_layer_has_a_mark_on_each_balanced_grid(layers):
+    tables = [
+        layers.assign(method=method, levels=levels, relative_mse=error + layers.depth / 1000)
+        for levels in (2, 3, 5)
+        for method, error in (("minmax", 0.4), ("optimal", 0.2))
+    ]
+    figure = plots.error_by_layer(pd.concat(tables, ignore_index=True))
+    figure.canvas.draw()
+    assert len(figure.axes) == 2  # a plain grid, which has 2 levels, is left out
+    for axis in figure.axes:
+        for line, error in zip(axis.lines[:2], (0.4, 0.2), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), layers.depth)
+            np.testing.assert_allclose(line.get_ydata(), error + layers.depth / 1000)
+
+
+def test_dots_are_the_same_each_time(rows):
+    first, second = (artifacts._render(plots.sensitivity_by_role(rows), "png") for _ in range(2))
+    assert first == second
 
 
 def test_levels_stand_where_the_scale_puts_them():

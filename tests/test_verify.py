@@ -120,6 +120,22 @@ def test_what_is_no_longer_written_is_said(root, capsys):
     assert "rows.csv: no notebook writes it any more" in capsys.readouterr().out
 
 
+def test_what_was_forgotten_in_a_commit_is_said(root, capsys):
+    folder = root / "data/runs/mini/03_toy"
+    figure = root / "figures/mini/03_toy-bars.png"
+    artifacts.save_table(ROWS, folder / "more.csv", ORIGIN)
+    artifacts.save_tensors({}, folder / "weights.safetensors", ORIGIN)
+    figure.parent.mkdir(parents=True)
+    figure.write_bytes(b"")
+    new = [folder / "more.csv", folder / "weights.safetensors", figure]
+    save(root, ROWS, CLAIMS, WRITTEN + [path.relative_to(root).as_posix() for path in new])
+    assert verify.main("mini", root) == 1
+    said = capsys.readouterr().out
+    assert "03_toy/more.csv: written here, not committed" in said
+    assert "03_toy-bars.json: written here, not committed" in said
+    assert "2 files are not comparable" in said
+
+
 def test_nothing_to_compare_with_is_a_failure(root, tmp_path_factory, capsys):
     assert verify.main("smoke", root) == 1
     assert "nothing is committed for preset smoke" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Grids, scales and the errors they leave."""
 
-__all__ = ["error_by_levels", "steps_to_converge", "weight_histograms"]
+__all__ = ["error_by_layer", "error_by_levels", "steps_to_converge", "weight_histograms"]
 
 import itertools
 import textwrap
@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bf_lib.pictures import WIDTH
+from bf_lib.plots.families import mark_blocks
 
 SCALES = {  # way to choose the scale -> its label, colour and marker
     "plain minmax": ("plain $2^b$ levels, min-max", "#999999", "x"),
@@ -82,6 +83,32 @@ def error_by_levels(errors: pd.DataFrame) -> Figure:
     right.axhline(0, ls="--", color="#444444")
     right.set(xlabel="bits per weight, log2(levels)", ylabel="median, dB above the bound")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def error_by_layer(errors: pd.DataFrame) -> Figure:
+    """The error of each layer on balanced grids, one row of axes per number of levels.
+
+    Arguments:
+        errors: Columns layer, method, levels, relative_mse, depth, block.
+    """
+    balanced = errors[errors.levels % 2 == 1]
+    counts = sorted(balanced.levels.unique())
+    size = (WIDTH, 1.35 * len(counts) + 0.9)
+    figure, axes = plt.subplots(len(counts), 1, figsize=size, sharex=True, squeeze=False)
+    for axis, levels in zip(axes[:, 0], counts, strict=True):
+        for method, (label, colour, marker) in SCALES.items():
+            part = balanced[(balanced.levels == levels) & (balanced.method == method)]
+            style = {"marker": marker, "ms": 2, "ls": "none", "color": colour, "label": label}
+            if len(part):
+                axis.plot(part.depth, part.relative_mse, **style)
+        axis.set(yscale="log", ylabel=f"{levels} levels")
+    figure.align_ylabels()
+    mark_blocks(axes[-1, 0], balanced)
+    figure.supylabel("relative squared error", fontsize=9)
+    axes[-1, 0].set_xlabel("layer, in order of execution")
+    legend = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper center", ncols=3, markerscale=2.5)
     return figure
 
 
