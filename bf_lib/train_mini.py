@@ -72,9 +72,9 @@ class Round:
     late: float  # the time-steps have the density t^(late - 1)
 
 
-# Each begins with the averaged weights of the one before. Which object is where, and how many there
-# are, is decided at noisy time-steps and by small differences, which the rate that is best to learn
-# drawing drowns.
+# Each begins with the averaged weights of the one before. Which object is where, and how many
+# there are, is decided at noisy time-steps and by small differences, which the rate that is best
+# to learn drawing drowns.
 ROUNDS = (
     Round(Plan(steps=4500, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999), late=1.5),
     Round(Plan(steps=4500, batch=64, lr=5e-4, warmup=200, decay=0.7, ema=0.999, seed=1), late=2.5),
