@@ -181,7 +181,7 @@ def generate_in_processes(
 ) -> Tensor:
     """Generates the same images as `generate`, shared by processes on the CPU.
 
-    On two cores, two processes of one thread draw about 1.3 times as many as one of two.
+    Two processes of one thread draw more than one process of two: `make speed` measures how much.
 
     Arguments:
         model: The name, folder or hub id of the pipeline, which each process loads.
