@@ -23,6 +23,8 @@ DATA  := $(sort $(wildcard data/*.csv data/prompts/* data/mini/*.json data/mini/
 STUDY := $(patsubst notebooks/%.ipynb,%,$(sort $(wildcard notebooks/[0-8][0-9]_*.ipynb)))
 MINI  := 90_train_mini
 
+TRAINED := build/train_mini/finished
+
 # Float sums depend on the number of threads, so it is fixed here and not left to the machine.
 export OMP_NUM_THREADS      := 1
 export MKL_NUM_THREADS      := $(OMP_NUM_THREADS)
@@ -33,7 +35,7 @@ export PYTHONPATH           := $(CURDIR)
 # The kernel of this environment, and not one of the same name that the user has elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env mini smoke reproduce figures verify speed render site test lint clean FORCE
+.PHONY: help env mini card smoke reproduce figures verify speed render site test lint clean FORCE
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -46,7 +48,8 @@ help:
 	@echo 'make speed       time the sweep beside a bare loop of UNet forwards'
 	@echo 'make render      make reproduce, and put the executed notebooks in notebooks/rendered'
 	@echo 'make site        build/site: the rendered notebooks as web pages'
-	@echo 'make mini        train the embedded model from nothing    (hours)'
+	@echo 'make mini        train the embedded model and its judges from nothing, and measure them (hours)'
+	@echo 'make card        measure the embedded model as it is: notebook 90 and data/mini/README.md'
 	@echo 'make env         the environment in $(ENV); the others make it when it is missing'
 	@echo 'make lint        ruff'
 	@echo 'make clean       remove stamps, logs and the site; a half-trained model stays'
@@ -84,21 +87,27 @@ reproduce: $(STUDY:%=$(B)/%.done)
 smoke: $(READY)
 	@$(MAKE) --no-print-directory PRESET=smoke reproduce
 
-mini: $(B)/$(MINI).done
+mini card: $(B)/$(MINI).done
 
 $(STUDY:%=$(B)/%.done): $(B)/%.done: notebooks/%.ipynb $(DATA) $(LIB) $(B)/settings | $(READY)
 	@$(PY) -m bf_lib.execute $< $(B) preset=$(PRESET) seed=$(SEED) $(PARAMS)
 
-# It writes the embedded model, so it cannot depend on it.
-$(B)/$(MINI).done: notebooks/$(MINI).ipynb $(LIB) $(B)/settings | $(READY)
+# The shipped model and its judges are measured and shown by a notebook, which `make mini` runs when
+# it has trained them, and `make card` at once. It writes the model card, which is not of $(DATA).
+$(B)/$(MINI).done: notebooks/$(MINI).ipynb $(DATA) $(LIB) $(B)/settings | $(READY)
 	@$(PY) -m bf_lib.execute $< $(B) preset=$(PRESET) seed=$(SEED) $(PARAMS)
+
+# Trainings that are finished are not repeated, so another library costs minutes here.
+$(TRAINED): $(LIB) | $(READY)
+	@$(PY) -m bf_lib.make_mini
+	@touch $@
 
 # A notebook that reads what another one wrote comes after it: NN.done: MM.done. None does yet.
 
 # Goals that are given together take turns where one writes what the other reads: the study runs
 # again after a new model, and pages and figures are made of what was just run.
 ifneq ($(filter mini,$(MAKECMDGOALS)),)
-$(STUDY:%=$(B)/%.done): $(B)/$(MINI).done
+$(B)/$(MINI).done $(STUDY:%=$(B)/%.done): $(TRAINED)
 endif
 site: | $(filter render,$(MAKECMDGOALS))
 figures: | $(filter reproduce render,$(MAKECMDGOALS))

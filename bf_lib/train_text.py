@@ -8,7 +8,16 @@ it takes a caption for a bag of words, and tells "a star left of a moon" from it
 badly (Yuksekgonul et al. 2023, https://arxiv.org/abs/2210.01936).
 """
 
-__all__ = ["TEXT_PLAN", "ReadingTask", "load_text_encoder", "new_reader", "reads", "said"]
+__all__ = [
+    "TEXT_PLAN",
+    "ReadingTask",
+    "export_reader",
+    "load_reader",
+    "load_text_encoder",
+    "new_reader",
+    "reads",
+    "said",
+]
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from bf_lib.atomic import write_atomically
 from bf_lib.mini import new_text_encoder, tokenize
 from bf_lib.scenes import (
     BACKGROUNDS,
@@ -103,15 +114,34 @@ def load_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return load_ema(new_reader(tokenizer), folder)["text_encoder"].eval()
 
 
+def export_reader(folder: Path, target: Path) -> None:
+    """Writes the linear map of the trained text encoder of `folder` to `target`."""
+    reader = load_ema(new_reader(new_tokenizer()), folder)["reader"]
+    tensors = {name: value.contiguous() for name, value in reader.state_dict().items()}
+    write_atomically(target / "reader.safetensors", save(tensors))
+
+
+def load_reader(path: Path) -> nn.Linear:
+    """Returns the linear map that reads what captions say off the text encoder's states."""
+    tensors = load_file(path)
+    reader = nn.Linear(*reversed(tensors["weight"].shape))
+    reader.load_state_dict(tensors)
+    return reader.eval()
+
+
 @torch.inference_mode()
-def reads(folder: Path, scenes: Sequence[Scene], texts: Sequence[str]) -> float:
+def reads(
+    encoder: CLIPTextModel,
+    reader: nn.Linear,
+    tokenizer: CLIPTokenizer,
+    scenes: Sequence[Scene],
+    texts: Sequence[str],
+) -> float:
     """Returns the share of captions of which all that they say is read off the end of the text."""
-    tokenizer = new_tokenizer()
-    model = load_ema(new_reader(tokenizer), folder).eval()
     tokens = tokenize(tokenizer, list(texts))
     end = tokens.argmax(dim=1)  # the end of the text has the largest id, and the first one counts
-    states = model["text_encoder"](tokens).last_hidden_state[torch.arange(len(tokens)), end]
-    logits = model["reader"](states).split([len(question) for question in _QUESTIONS], dim=1)
+    states = encoder(tokens).last_hidden_state[torch.arange(len(tokens)), end]
+    logits = reader(states).split([len(question) for question in _QUESTIONS], dim=1)
     answers = torch.stack([each.argmax(dim=1) for each in logits], dim=1)
     wanted = torch.tensor([said(*pair) for pair in zip(scenes, texts, strict=True)])
     return float((answers == wanted).all(dim=1).float().mean())

@@ -6,7 +6,7 @@ two single-thread processes do about 1.3 times the work of one with two threads;
 part of the batch, so their number is part of what a training is.
 """
 
-__all__ = ["Plan", "Task", "fit", "load_ema", "read_log"]
+__all__ = ["Plan", "Task", "fit", "load_ema"]
 
 import csv
 import io
@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -114,11 +113,6 @@ def load_ema(model: nn.Module, folder: Path) -> nn.Module:
         raise ValueError(f"{folder} holds weights of another model: {unexpected[:5]}")
     model.load_state_dict(state, strict=False)  # buffers are not saved
     return model
-
-
-def read_log(folder: Path) -> pd.DataFrame:
-    """Returns the log of a training: means of its scalars over stretches of steps."""
-    return pd.read_csv(folder / "log.csv")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -154,11 +154,28 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(project, write_no
         os.kill(kernel, 0)
 
 
-def test_training_the_model_is_a_target_of_its_own(project, write_notebook):
+def test_training_and_measuring_the_model_are_targets_of_their_own(project, write_notebook):
     write_notebook(project / "notebooks/90_train_mini.ipynb", COUNT.format(name="90"))
-    assert make(project, "--dry-run", "reproduce").returncode == 0
-    assert "90_train_mini" not in make(project, "--dry-run", "reproduce").stdout
-    assert "notebooks/90_train_mini.ipynb" in make(project, "--dry-run", "mini").stdout
+    plans = {goal: make(project, "--dry-run", goal) for goal in ("reproduce", "card", "mini")}
+    assert all(plan.returncode == 0 for plan in plans.values())
+    measured = {goal: "90_train_mini.ipynb" in plan.stdout for goal, plan in plans.items()}
+    assert measured == {"reproduce": False, "card": True, "mini": True}
+    trained = {goal: "bf_lib.make_mini" in plan.stdout for goal, plan in plans.items()}
+    assert trained == {"reproduce": False, "card": False, "mini": True}
+
+
+def test_the_model_is_measured_after_each_training(project, write_notebook):
+    """Training is replaced by a file that says it happened; the rest is the real Makefile."""
+    write_notebook(project / "notebooks/90_train_mini.ipynb", COUNT.format(name="90"))
+    stand_in = COUNT.format(name="trained").replace("../", "")
+    (project / "bf_lib/make_mini.py").write_text(stand_in)
+    (project / "build/train_mini").mkdir(parents=True)
+    for _ in range(2):  # the second time there is nothing to do
+        result = make(project, "-j2", "mini")
+        assert result.returncode == 0, result.stderr
+        assert (project / "ran.log").read_text().split() == ["trained", "90"]
+    assert make(project, "card").returncode == 0
+    assert (project / "ran.log").read_text().split() == ["trained", "90"]
 
 
 def test_a_preset_is_given_once(project, write_notebook):
@@ -174,7 +191,8 @@ def test_a_preset_is_given_once(project, write_notebook):
     [
         (("site", "render"), "notebooks/rendered/", "bf_lib.site"),
         (("figures", "reproduce"), "01_unet_anatomy.ipynb", "bf_lib.figures"),
-        (("reproduce", "mini"), "90_train_mini.ipynb", "01_unet_anatomy.ipynb"),
+        (("reproduce", "mini"), "bf_lib.make_mini", "01_unet_anatomy.ipynb"),
+        (("reproduce", "mini"), "bf_lib.make_mini", "90_train_mini.ipynb"),
     ],
 )
 def test_goals_take_turns(project, write_notebook, goals, first, second):

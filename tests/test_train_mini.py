@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from bf_lib import train_mini
 from bf_lib.mini import TOKENS, new_unet, new_vae, to_float
-from bf_lib.train_mini import GeneratorTask, VaeTask
+from bf_lib.train_mini import ROUNDS, GeneratorTask, Round, VaeTask
 from bf_lib.train_text import new_reader
-from bf_lib.training_data import CAPTIONS, new_tokenizer
+from bf_lib.training_data import CAPTIONS, new_tokenizer, training_scene
 
 
 @pytest.fixture
@@ -53,9 +53,10 @@ def test_the_generators_loss_is_min_snr_with_a_floor(trained):
     assert task.tokens.shape == (12, CAPTIONS, TOKENS)
     torch.nn.init.zeros_(task.model.conv_out.weight)
     torch.nn.init.zeros_(task.model.conv_out.bias)
-    size = 50
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        scalars = task.loss(0, size, torch.Generator().manual_seed(0))
+        batches = pd.DataFrame(task.loss(step, 10, generator) for step in range(5))
+    scalars = batches.astype(float).mean()
     assert float(scalars["mse"]) == pytest.approx(1, abs=0.02)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
     alpha = torch.cumprod(1 - betas, 0)
@@ -76,21 +77,13 @@ def test_a_round_starts_from_the_averaged_weights_of_the_one_before(trained):
         assert torch.equal(p, state[f"ema/{name}"])
 
 
-def test_all_rounds_are_trained_and_their_logs_counted_on(tmp_path, monkeypatch):
-    trained = []
-
-    def fit(make, plan, folder):
-        trained.append((make.args[1], plan, folder.name))
-        folder.mkdir()
-        pd.DataFrame({"step": [20, 40], "loss": [1.0, 0.5]}).to_csv(folder / "log.csv")
-
-    monkeypatch.setattr(train_mini, "fit", fit)
-    log = train_mini.train_unet(tmp_path)
-    plans = [part.plan for part in train_mini.ROUNDS]
-    assert trained == [(i, plan, f"unet_{i + 1}") for i, plan in enumerate(plans)]
-    ends = [sum(plan.steps for plan in plans[:i]) for i in range(len(plans))]
-    assert log.step.tolist() == [end + step for end in ends for step in (20, 40)]
-    assert log["round"].tolist() == [i + 1 for i in range(len(plans)) for _ in range(2)]
+def test_some_kinds_of_scenes_are_shown_more_often(trained, monkeypatch):
+    more = Round(ROUNDS[0].plan, late=1.0, more={"pair": 3.0})
+    monkeypatch.setattr(train_mini, "ROUNDS", (more,))
+    kinds = [training_scene(i).kind for i in range(12)]
+    assert "pair" in kinds
+    shown = GeneratorTask(trained, 0).shown
+    assert shown.tolist() == [3.0 if kind == "pair" else 1.0 for kind in kinds]
 
 
 def test_only_the_unet_learns_from_the_generators_loss(trained):

@@ -122,5 +122,8 @@ def test_one_wrong_answer_is_a_caption_not_read(tmp_path):
             part.copy_(torch.eye(len(part))[answer])
     state = {f"ema/{name}": p.detach() for name, p in model.named_parameters()}
     save_file(state, tmp_path / "checkpoint.safetensors", {"state": "{}"})
+    train_text.export_reader(tmp_path, tmp_path / "judges")
+    reader = train_text.load_reader(tmp_path / "judges" / "reader.safetensors")
+    encoder = load_text_encoder(tmp_path, tokenizer)
     texts = ["a star", "a red star", "there is a star", "a star on teal"]
-    assert train_text.reads(tmp_path, [scene] * 4, texts) == 0.5
+    assert train_text.reads(encoder, reader, tokenizer, [scene] * 4, texts) == 0.5

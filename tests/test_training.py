@@ -21,7 +21,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from bf_lib.paths import ROOT
-from bf_lib.training import Plan, fit, load_ema, read_log
+from bf_lib.training import Plan, fit, load_ema
 
 PLAN = Plan(steps=60, batch=8, lr=0.2, warmup=5, ema=0.9, weight_decay=0.0, save_every=20)
 
@@ -64,7 +64,7 @@ def test_it_learns_and_the_average_is_loaded(whole):
     model = load_ema(nn.Linear(1, 1), whole)
     assert model.weight.item() == pytest.approx(3, abs=0.2)
     assert model.bias.item() == pytest.approx(1, abs=0.2)
-    log = read_log(whole)
+    log = pd.read_csv(whole / "log.csv")
     assert log.step.tolist() == [20, 40, 60]
     assert log.loss.iloc[-1] < log.loss.iloc[0]
     assert (log["size"] == 4).all()  # of each process
@@ -102,8 +102,8 @@ if __name__ == "__main__":
     for name, value in resumed.items():
         assert torch.equal(value, uninterrupted[name]), name
     pd.testing.assert_frame_equal(
-        read_log(tmp_path).drop(columns="seconds_per_step"),
-        read_log(whole).drop(columns="seconds_per_step"),
+        pd.read_csv(tmp_path / "log.csv").drop(columns="seconds_per_step"),
+        pd.read_csv(whole / "log.csv").drop(columns="seconds_per_step"),
     )
 
 
@@ -125,7 +125,7 @@ def test_another_training_starts_over(make, plan, whole, tmp_path):
     changed, fresh = saved(tmp_path / "changed"), saved(tmp_path / "fresh")
     assert changed.keys() == fresh.keys()
     assert all(torch.equal(changed[name], fresh[name]) for name in fresh)
-    assert read_log(tmp_path / "changed").step.tolist() == [20, 40, 60]
+    assert pd.read_csv(tmp_path / "changed" / "log.csv").step.tolist() == [20, 40, 60]
     replaced = load_file(tmp_path / "changed" / "replaced.safetensors")
     assert all(torch.equal(value, replaced[name]) for name, value in saved(whole).items())
 
@@ -150,7 +150,7 @@ def test_the_last_digits_of_another_processor_start_nothing_over(whole, tmp_path
 
 def test_the_last_steps_are_logged_though_they_are_few(tmp_path):
     fit(Line, replace(PLAN, steps=25), tmp_path, processes=1)
-    assert read_log(tmp_path).step.tolist() == [20, 25]
+    assert pd.read_csv(tmp_path / "log.csv").step.tolist() == [20, 25]
 
 
 def test_gradients_are_averaged_over_processes(tmp_path):
