@@ -18,9 +18,17 @@ from bf_lib import train_judges, train_mini, train_text
 from bf_lib.atomic import write_atomically
 from bf_lib.paths import ROOT
 from bf_lib.train_judges import CLIP_PLAN, SCENE_PLAN, ClipTask, SceneTask
-from bf_lib.train_mini import ROUNDS, VAE_PLAN, GeneratorTask, VaeTask, round_folder
+from bf_lib.train_mini import (
+    ROUNDS,
+    VAE_PLAN,
+    GeneratorTask,
+    VaeTask,
+    round_folder,
+    training_latents,
+)
 from bf_lib.train_text import TEXT_PLAN, ReadingTask
 from bf_lib.training import Plan, Task, fit
+from bf_lib.training_data import training_images
 
 
 def trainings(folder: Path) -> dict[str, tuple[Callable[[], Task], Plan]]:
@@ -46,8 +54,11 @@ def main(folder: Path, target: Path) -> None:
         target: Where the model, its judges and the logs of the trainings are written.
     """
     parts = trainings(folder)
+    training_images(folder)  # once, before each process of a training asks for them
     for name, (task, plan) in parts.items():
         fit(task, plan, folder / name)
+        if name == "vae":
+            training_latents(folder)  # likewise
     train_mini.export(folder, target)
     train_text.export_reader(folder / "text_encoder", target / "judges")
     train_judges.export(folder, target / "judges")

@@ -74,7 +74,7 @@ class Round:
 
 # Each begins with the averaged weights of the one before. Which object is where, and how many
 # there are, is decided at noisy time-steps and by small differences, which the rate that is best
-# to learn drawing drowns: that is the second round. The third sharpens the outlines, which decide
+# to learn drawing drowns: that is the second round. The others sharpen the outlines, which decide
 # what an object is taken for and which the second leaves soft.
 ROUNDS = (
     Round(Plan(steps=4500, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999), late=1.5),
@@ -83,6 +83,11 @@ ROUNDS = (
         Plan(steps=2300, batch=64, lr=4e-4, warmup=100, decay=0.9, ema=0.998, seed=2),
         late=1.3,
         more={"pair": 2.0, "count": 1.5},
+    ),
+    Round(
+        Plan(steps=1600, batch=64, lr=3e-4, warmup=100, decay=0.9, ema=0.998, seed=3),
+        late=1.5,
+        more={"single": 2.0, "pair": 2.0, "count": 1.5},
     ),
 )
 VAE_PLAN = Plan(steps=1200, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)

@@ -11,7 +11,7 @@ from bf_lib.mini import TOKENS, to_float, tokenize
 from bf_lib.model_card import retrieval
 from bf_lib.models import MODELS
 from bf_lib.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, sample_medley, sample_scene
-from bf_lib.train_judges import ClipTask, SceneTask, _targets
+from bf_lib.train_judges import ClipTask, SceneTask, _distort, _targets
 
 SIDE = SIZE // CELL
 
@@ -94,6 +94,26 @@ def test_the_clip_judge_embeds_texts_at_unit_length():
     with torch.inference_mode():
         text = clip.encode_text(tokens, normalize=True)
     torch.testing.assert_close(text.norm(dim=1), torch.ones(2))
+
+
+def test_bent_and_softened_objects_stay_where_they_are():
+    scenes = [sample_scene(np.random.default_rng(i), "single") for i in range(20)]
+    images = torch.full((20, 3, SIZE, SIZE), -1.0)
+    for image, scene in zip(images, scenes, strict=True):
+        thing = scene.things[0]
+        y, x = int(thing.y), int(thing.x)
+        image[:, y - 6 : y + 7, x - 6 : x + 7] = 1.0
+    bent = _distort(images, torch.Generator().manual_seed(0))
+    assert torch.equal(bent, _distort(images, torch.Generator().manual_seed(0)))
+    assert bent.min() >= -1 - 1e-5 and bent.max() <= 1 + 1e-5
+    line = torch.arange(SIZE).float()
+    for before, after in zip(images, bent, strict=True):
+        assert not torch.equal(before, after)
+        for dim in (1, 2):
+            mass = [(image[0] + 1).sum(dim - 1) for image in (before, after)]
+            centres = [float((m * line).sum() / m.sum()) for m in mass]
+            assert centres[0] == pytest.approx(centres[1], abs=3)
+            assert float(mass[1].sum() / mass[0].sum()) == pytest.approx(1, abs=0.3)
 
 
 @pytest.mark.parametrize("make", [SceneTask, ClipTask])
