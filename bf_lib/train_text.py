@@ -51,8 +51,8 @@ TEXT_PLAN = Plan(steps=2000, batch=256, lr=1e-3, warmup=100, decay=0.7, ema=0.99
 
 # What can be said of an object that a caption names, and of the background; the first of each is
 # nothing at all. The questions are about the first and the second object that is named, and not
-# about stars or moons: then the colour orange looks the same whatever is orange, and the UNet
-# can draw an orange circle, though it was shown orange things and circles only.
+# about stars or moons, so that nothing asks for a direction of its own for orange circles, which
+# the UNet is never shown.
 _OF_OBJECT = (
     NUMBERS,
     (None, *SHAPES),
