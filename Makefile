@@ -97,7 +97,7 @@ $(STUDY:%=$(B)/%.done): $(B)/%.done: notebooks/%.ipynb $(DATA) $(LIB) $(B)/setti
 $(B)/$(MINI).done: notebooks/$(MINI).ipynb $(DATA) $(LIB) $(B)/settings | $(READY)
 	@$(PY) -m bf_lib.execute $< $(B) preset=$(PRESET) seed=$(SEED) $(PARAMS)
 
-# Trainings that are finished are not repeated, so another library costs minutes here.
+# Trainings that are finished are not repeated, whatever changed in the library but themselves.
 $(TRAINED): $(LIB) | $(READY)
 	@$(PY) -m bf_lib.make_mini
 	@touch $@

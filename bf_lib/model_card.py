@@ -34,7 +34,7 @@ from bf_lib.judges import SceneJudge, Seen, read_scenes
 from bf_lib.mini import to_float, tokenize
 from bf_lib.sampling import Sampler, generate, generate_in_processes
 from bf_lib.scenes import Scene, caption, relation_of, sample_scene
-from bf_lib.train_text import meaning
+from bf_lib.train_text import said
 
 STEPS = 20  # of DPM-Solver++
 
@@ -122,7 +122,7 @@ def retrieval(
     while len(told) < count:
         scene = sample_scene(rng, held_out=bool(rng.random() < 0.2))
         text = caption(scene, rng, complete=True)
-        told.setdefault(meaning(scene, text), (scene, text))
+        told.setdefault(tuple(said(scene, text)), (scene, text))
     scenes, texts = zip(*told.values(), strict=True)
     image = clip.encode_image(images_of(scenes), normalize=True)
     text = clip.encode_text(tokenize(tokenizer, list(texts)), normalize=True)
