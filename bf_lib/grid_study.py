@@ -6,6 +6,7 @@ __all__ = [
     "convergence",
     "gaussian_errors",
     "grid_errors",
+    "optimum_excess",
     "scale_errors",
 ]
 
@@ -20,9 +21,11 @@ from torch import Tensor
 from bf_lib.grids import (
     alternating_scale,
     fake_quantize,
+    fitted_scale,
     levels_of_bits,
     minmax_scale,
     optimal_scale,
+    quantize,
     relative_mse,
 )
 from bf_lib.unbalanced import (
@@ -93,16 +96,46 @@ def convergence(
     """Tabulates how far the alternating scale is from the optimum after some steps.
 
     Returns:
-        Columns layer, levels, steps, excess: the error over the optimum's, less one.
+        Columns layer, levels, steps, excess (the error over the optimum's, less one) and settled
+        (the share of channels whose codes the next step leaves as they are: they have converged,
+        to the optimum or not).
     """
     rows = []
     for name, weight in weights:
         for count in levels:
             best = _error(weight, optimal_scale(weight, count), count)
             for step in steps:
-                error = _error(weight, alternating_scale(weight, count, step), count)
-                rows.append((name, count, step, _excess(error, best)))
-    return pd.DataFrame(rows, columns=["layer", "levels", "steps", "excess"])
+                scale = alternating_scale(weight, count, step)
+                excess = _excess(_error(weight, scale, count), best)
+                rows.append((name, count, step, excess, _settled(weight, scale, count)))
+    return pd.DataFrame(rows, columns=["layer", "levels", "steps", "excess", "settled"])
+
+
+def _settled(weight: Tensor, scale: Tensor, levels: int) -> float:
+    """Returns the share of channels whose codes one more alternating step does not change."""
+    codes = quantize(weight, scale, levels).codes
+    after = quantize(weight, fitted_scale(weight, codes), levels).codes
+    return float((codes == after).flatten(1).all(dim=1).float().mean())
+
+
+def optimum_excess(weights: Iterable[tuple[str, Tensor]], levels: Sequence[int]) -> float:
+    """Returns by how much the optimal scale is worse than another one in any channel at most.
+
+    The relative squared error of each channel is compared with the less of those of min-max and of
+    the alternating scale; the optimum is one if the result is not above rounding.
+    """
+    worst = -math.inf
+    for _, weight in weights:
+        for count in levels:
+            errors = {
+                method: relative_mse(
+                    weight, fake_quantize(weight, scale(weight, count), count), per_channel=True
+                )
+                for method, scale in SCALES.items()
+            }
+            others = torch.minimum(errors["minmax"], errors["alternating"])
+            worst = max(worst, float((errors["optimal"] - others).max()))
+    return worst
 
 
 def _excess(error: float, best: float) -> float:

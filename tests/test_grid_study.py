@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from bf_lib.grid_study import channel_example, convergence, gaussian_errors, grid_errors
-from bf_lib.grids import fake_quantize, relative_mse
+from bf_lib import grid_study
+from bf_lib.grid_study import (
+    channel_example,
+    convergence,
+    gaussian_errors,
+    grid_errors,
+    optimum_excess,
+)
+from bf_lib.grids import alternating_scale, fake_quantize, optimal_scale, relative_mse
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +53,7 @@ def test_no_scale_beats_the_optimum_and_a_fine_search_finds_it(weights):
 def test_a_layer_that_a_grid_represents_exactly_has_no_excess():
     table = convergence([("signs", torch.tensor([[1.0, -1.0, 0.0]]))], (3,), (0, 10))
     assert table.excess.tolist() == [0.0, 0.0]
+    assert table.settled.tolist() == [1.0, 1.0]
 
 
 def test_the_excess_falls_to_zero_or_stops_above_it(weights):
@@ -54,6 +62,30 @@ def test_the_excess_falls_to_zero_or_stops_above_it(weights):
     by_step = table.pivot(index=["layer", "levels"], columns="steps", values="excess")
     assert (by_step[0] >= by_step[1] - 1e-6).all()
     assert (by_step[1] >= by_step[10] - 1e-6).all()
+
+
+def test_channels_have_converged_when_another_step_changes_nothing():
+    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(3))
+    table = convergence([("linear", weight)], (5,), (0, 2, 4, 50)).set_index("steps")
+    for step, settled in table.settled.items():
+        before, after = (
+            (weight / alternating_scale(weight, 5, count)).round().clamp(-2, 2)
+            for count in (step, step + 1)
+        )
+        assert settled == pytest.approx(float((before == after).all(dim=1).float().mean()))
+    assert table.settled[0] < 0.5 and table.settled[50] == 1
+
+
+def test_a_scale_that_is_not_the_optimum_is_found_in_a_single_channel(weights, monkeypatch):
+    assert optimum_excess(weights.items(), (3, 9)) <= 1e-7
+
+    def spoilt(weight, levels):
+        scale = optimal_scale(weight, levels)
+        scale[1] *= 3
+        return scale
+
+    monkeypatch.setitem(grid_study.SCALES, "optimal", spoilt)
+    assert optimum_excess(weights.items(), (3, 9)) > 0.1
 
 
 def test_gaussian_errors_are_the_known_ones():

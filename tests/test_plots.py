@@ -150,11 +150,17 @@ def test_curves_of_grids():
         np.testing.assert_allclose(gap, 10 * np.log10(0.55), atol=1e-9)
 
     excess = pd.DataFrame(
-        [(levels, step, 0.1 / (step + 1)) for levels in (3, 5) for step in (0, 5, 10)],
-        columns=["levels", "steps", "excess"],
+        [
+            (levels, step, 0.1 / (step + 1), step / 20 * channels)
+            for levels in (3, 5)
+            for step in (0, 5, 10)
+            for channels in (1, 2)  # of two layers
+        ],
+        columns=["levels", "steps", "excess", "settled"],
     )
-    axis = plots.steps_to_converge(excess).axes[0]
-    np.testing.assert_allclose(axis.lines[0].get_ydata(), [10, 10 / 6, 10 / 11])
+    left, right = plots.steps_to_converge(excess).axes
+    np.testing.assert_allclose(left.lines[0].get_ydata(), [10, 10 / 6, 10 / 11])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [0, 37.5, 75])
 
 
 def test_each_layer_has_a_mark_on_each_balanced_grid(layers):

@@ -113,13 +113,13 @@ def error_by_layer(errors: pd.DataFrame) -> Figure:
 
 
 def steps_to_converge(excess: pd.DataFrame) -> Figure:
-    """How far the alternating scale is from the optimum after each step.
+    """How far the alternating scale is from the optimum after each step, and from its own end.
 
     Arguments:
-        excess: Columns levels, steps, excess (of the error over the optimum's, relative), one row
-            a layer.
+        excess: Columns levels, steps, excess (of the error over the optimum's, relative) and
+            settled (share of channels that have converged), one row a layer.
     """
-    figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2))
+    figure, (axis, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.0))
     marks = itertools.cycle("os^Dv")
     for levels, part in excess.groupby("levels"):
         by_step = part.groupby("steps").excess.quantile([0.25, 0.5, 0.75]).unstack()
@@ -128,7 +128,11 @@ def steps_to_converge(excess: pd.DataFrame) -> Figure:
         )
         shade = {"color": line.get_color(), "alpha": 0.15, "lw": 0}
         axis.fill_between(by_step.index, 100 * by_step[0.25], 100 * by_step[0.75], **shade)
-    axis.axvline(10, color="#444444", ls=":", lw=0.8)
+        settled = 100 * part.groupby("steps").settled.mean()
+        right.plot(settled, marker=line.get_marker(), color=line.get_color())
+    for each in (axis, right):
+        each.axvline(10, color="#444444", ls=":", lw=0.8)
+    right.set(xlabel="alternating steps from min-max", ylabel="channels that have converged (%)")
     axis.annotate(
         "the paper's 10 steps",
         (10, 0.97),
