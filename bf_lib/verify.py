@@ -51,6 +51,8 @@ BY_NAME = {
     "clip": Tolerance(rtol=0.0, atol=5e-4),
     "clip_drop": Tolerance(rtol=0.0, atol=5e-4),  # a difference of near equals
     "perceptual": Tolerance(rtol=1e-2, atol=1e-4),
+    # of bootstrap samples in which a role leads, which turns on near equals
+    "share_of_resamples": Tolerance(rtol=0.0, atol=0.05),
     # of claims, which are computed from any of these
     "value": Tolerance(rtol=1e-2, atol=5e-4),
     "interval": Tolerance(rtol=1e-2, atol=5e-4),
