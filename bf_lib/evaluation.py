@@ -50,7 +50,8 @@ def challenges(count: int, seed: int, held_out: bool = False) -> list[Challenge]
 
     Arguments:
         count: How many of each task.
-        seed: Different seeds give different challenges: one to choose settings, one to report.
+        seed: Different seeds draw anew: one to choose settings, one to report. Where prompts are
+            few (8 of single objects, 20 of counts, 48 of two objects), they draw the same ones.
         held_out: Whether to ask for combinations that were kept out of training. Their prompts
             always name the colours, which are then judged in every task: many a combination is
             held out by its colour alone.

@@ -48,6 +48,14 @@ def test_prompts_say_what_is_judged_and_no_more():
         assert set(challenge.prompt.split()) & set(COLOURS)
 
 
+def test_some_tasks_have_few_prompts_as_the_model_card_says():
+    prompts = {task: set() for task in TASKS}
+    for challenge in challenges(600, seed=0):
+        prompts[challenge.task].add(challenge.prompt)
+    few = {task: len(prompts[task]) for task in ("single object", "counting", "two objects")}
+    assert few == {"single object": 8, "counting": 20, "two objects": 48}
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_drawing_of_the_scene_passes_and_an_empty_image_fails(held_out):
     asked = challenges(COUNT, seed=0, held_out=held_out)
