@@ -34,7 +34,7 @@ from bf_lib.judges import SceneJudge, Seen, read_scenes
 from bf_lib.mini import to_float, tokenize
 from bf_lib.sampling import Sampler, generate, generate_in_processes
 from bf_lib.scenes import Scene, caption, relation_of, sample_scene
-from bf_lib.train_text import said
+from bf_lib.train_text import meaning
 
 STEPS = 20  # of DPM-Solver++
 
@@ -122,7 +122,7 @@ def retrieval(
     while len(told) < count:
         scene = sample_scene(rng, held_out=bool(rng.random() < 0.2))
         text = caption(scene, rng, complete=True)
-        told.setdefault(tuple(said(scene, text)), (scene, text))
+        told.setdefault(meaning(scene, text), (scene, text))
     scenes, texts = zip(*told.values(), strict=True)
     image = clip.encode_image(images_of(scenes), normalize=True)
     text = clip.encode_text(tokenize(tokenizer, list(texts)), normalize=True)
@@ -158,13 +158,10 @@ def generator_scores(
     return score(asked, read_scenes(judge, to_float(images.numpy())))
 
 
-def samples(
-    pipe: StableDiffusionPipeline, guidance: float, seed: int, each: int = 4
-) -> tuple[Array, list[str]]:
-    """Draws images of the first challenges of each task, as uint8 (n, 64, 64, 3), and prompts."""
-    prompts = [challenge.prompt for challenge in challenges(each, seed)]
+def samples(pipe: StableDiffusionPipeline, prompts: Sequence[str], guidance: float) -> Array:
+    """Draws an image of each prompt, from the first seeds, as uint8 (n, 64, 64, 3)."""
     sampler = Sampler(steps=STEPS, guidance=guidance, batch=len(prompts))
-    return generate(pipe, prompts, range(len(prompts)), sampler).numpy(), prompts
+    return generate(pipe, prompts, range(len(prompts)), sampler).numpy()
 
 
 def as_pictures(images: Tensor) -> Array:
@@ -229,9 +226,9 @@ _CARD = """\
 # mini
 
 A small text-to-image latent diffusion model with Stable Diffusion v1.5's topology at an eighth of
-its widths: the same 282 conv and linear layers with the same names. Trained from nothing by
-notebook 90 (`make mini`) on procedurally drawn 64x64 scenes; nothing in it comes from another
-model or data set. It exists so that a study of quantization runs on a laptop, offline.
+its widths: the same 282 conv and linear layers with the same names. Trained from nothing
+(`make mini`) on procedurally drawn 64x64 scenes; nothing in it comes from another model or data
+set. It exists so that a study of quantization runs on a laptop, offline.
 
     from diffusers import StableDiffusionPipeline
 
@@ -270,11 +267,13 @@ CLIP judge, retrieval@1 among 256 distinct captions: {to_text:.1f} % image to te
 
 ## Generator
 
-The share of prompts whose image passes, read by the scene judge: {steps} DPM-Solver++ steps,
-guidance {guidance:g} (the best on other prompts, all from training combinations). Held-out
-combinations never occurred in training: colours of shapes, counts of shapes, pairs of shapes;
-their prompts always name the colours, which must then be right in every task. Each share is of
-{count} prompts, one image each; 95 % intervals are at most {margin:.2f} to either side.
+The share of images that pass, read by the scene judge: {steps} DPM-Solver++ steps, guidance
+{guidance:g} (the best on other images, all of training combinations). Held-out combinations never
+occurred in training: colours of shapes, counts of shapes, pairs of shapes; their prompts always
+name the colours, which must then be right in every task. Each share is of {count} images, each
+from a prompt drawn at random (there are only 8 of single objects, 20 of counts and 48 of two
+objects, so these repeat, and training knew them) and noise of its own; 95 % intervals, which take
+images as independent, are at most {margin:.2f} to either side.
 
 | task | training combinations | held-out combinations |
 | --- | --: | --: |

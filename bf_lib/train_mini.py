@@ -74,8 +74,9 @@ class Round:
 
 # Each begins with the averaged weights of the one before. Which object is where, and how many
 # there are, is decided at noisy time-steps and by small differences, which the rate that is best
-# to learn drawing drowns: that is the second round. The others sharpen the outlines, which decide
-# what an object is taken for and which the second leaves soft.
+# to learn drawing drowns: that is the second round. The third and the fourth sharpen the outlines,
+# which decide what an object is taken for and which the second leaves soft. The last two came when
+# the text encoder of the weights that ship was replaced, see `data/README.md`.
 ROUNDS = (
     Round(Plan(steps=4500, batch=64, lr=1.2e-3, warmup=200, decay=0.75, ema=0.999), late=1.5),
     Round(Plan(steps=4500, batch=64, lr=5e-4, warmup=200, decay=0.7, ema=0.999, seed=1), late=2.5),
@@ -88,6 +89,16 @@ ROUNDS = (
         Plan(steps=1600, batch=64, lr=3e-4, warmup=100, decay=0.9, ema=0.998, seed=3),
         late=1.5,
         more={"single": 2.0, "pair": 2.0, "count": 1.5},
+    ),
+    Round(
+        Plan(steps=3500, batch=64, lr=8e-4, warmup=60, decay=0.75, ema=0.998, seed=5),
+        late=1.5,
+        more={"single": 1.5, "pair": 1.5, "count": 1.5},
+    ),
+    Round(
+        Plan(steps=2700, batch=64, lr=6e-4, warmup=60, decay=0.8, ema=0.998, seed=6),
+        late=2.0,
+        more={"relation": 2.0},
     ),
 )
 VAE_PLAN = Plan(steps=1200, batch=32, lr=2e-3, warmup=50, decay=0.7, ema=0.995)

@@ -2,7 +2,7 @@
 
 Stable Diffusion's text encoder comes from CLIP, which has read nearly everything, and stays as it
 is while the UNet is trained. Here it learns from captions alone, of every combination: the images
-of some are held out, not the words. What a caption says of each shape must be readable, by a
+of some are held out, not the words. What a caption says of each object must be readable, by a
 linear map, from the states at the end of the text. A contrastive loss would be content with less:
 it takes a caption for a bag of words, and tells "a star left of a moon" from its mirror image
 badly (Yuksekgonul et al. 2023, https://arxiv.org/abs/2210.01936).
@@ -14,6 +14,7 @@ __all__ = [
     "export_reader",
     "load_reader",
     "load_text_encoder",
+    "meaning",
     "new_reader",
     "reads",
     "said",
@@ -48,32 +49,49 @@ from bf_lib.training_data import new_tokenizer
 READ = 60_000  # captions
 TEXT_PLAN = Plan(steps=2000, batch=256, lr=1e-3, warmup=100, decay=0.7, ema=0.99)
 
-# What can be said of a shape, and of the background; the first of each is nothing at all.
-_OF_SHAPE = (
+# What can be said of an object that a caption names, and of the background; the first of each is
+# nothing at all. The questions are about the first and the second object that is named, and not
+# about stars or moons: nothing then asks for a direction of its own for orange circles, which the
+# UNet is never shown.
+_OF_OBJECT = (
     NUMBERS,
+    (None, *SHAPES),
     (None, *COLOURS),
     (None, *RELATIONS),
     (None, "small", "large"),
 )
-_QUESTIONS = (*_OF_SHAPE * len(SHAPES), (None, *BACKGROUNDS))
+_NAMED = 2  # at most
+_QUESTIONS = (*_OF_OBJECT * _NAMED, (None, *BACKGROUNDS))
 
 
 def said(scene: Scene, text: str) -> list[int]:
-    """Returns what a caption says of its scene, as answers to 33 questions.
+    """Returns what a caption says of its scene, as answers to 11 questions.
 
-    For each shape: how many there are, of which colour, on which side of the other object, how
-    large; and at last the background. What the caption leaves out is answered by 0.
+    For the first and the second object that it names: how many there are, their shape, colour, on
+    which side of the other object, how large; and at last the background. What the caption leaves
+    out is answered by 0.
     """
-    words = set(text.split())
-    answers: dict[str, tuple] = {}
+    words = text.split()
+    named: dict[int, tuple] = {}
     for i, thing in enumerate(scene.things):
         side = scene.relation if i == 0 or scene.relation is None else OPPOSITE[scene.relation]
         count = sum(other.shape == thing.shape for other in scene.things)
-        answers[thing.shape] = (NUMBERS[count], thing.colour, side, thing.size or None)
-    given = [a for shape in SHAPES for a in answers.get(shape, (NUMBERS[0], None, None, None))]
-    always = {*NUMBERS, *RELATIONS}  # said in other words, too
-    known = [a if a in words | always else None for a in [*given, scene.background]]
+        place = next(at for at, word in enumerate(words) if word.startswith(thing.shape))
+        named[place] = (NUMBERS[count], thing.shape, thing.colour, side, thing.size or None)
+    nothing = (NUMBERS[0], None, None, None, None)
+    objects = ([named[place] for place in sorted(named)] + [nothing] * _NAMED)[:_NAMED]
+    given = [*(answer for each in objects for answer in each), scene.background]
+    told = {*words, *NUMBERS, *SHAPES, *RELATIONS}  # the last three are said in other words, too
+    known = [answer if answer in told else None for answer in given]
     return [question.index(answer) for question, answer in zip(_QUESTIONS, known, strict=True)]
+
+
+def meaning(scene: Scene, text: str) -> tuple:
+    """Returns what a caption says whatever it names first: equal if no image tells them apart."""
+    *answers, background = said(scene, text)
+    size = len(_OF_OBJECT)
+    objects = [tuple(answers[i : i + size]) for i in range(0, len(answers), size)]
+    return (*sorted(objects), background)
 
 
 def new_reader(tokenizer: CLIPTokenizer) -> nn.ModuleDict:

@@ -38,10 +38,10 @@ def training_scene(index: int) -> Scene:
 
 
 def training_captions(index: int) -> list[str]:
-    """Returns the captions of a training scene, half of which name the colours."""
+    """Returns the captions of a training scene, most of which name the colours."""
     rng = np.random.default_rng((1, index))
     scene = sample_scene(rng)
-    return [caption(scene, rng, coloured=0.5) for _ in range(CAPTIONS)]
+    return [caption(scene, rng, coloured=0.75) for _ in range(CAPTIONS)]
 
 
 def _draw_training_scene(index: int) -> np.ndarray:

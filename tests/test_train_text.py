@@ -6,19 +6,19 @@ from safetensors.torch import save_file
 from bf_lib import train_text
 from bf_lib.mini import tokenize
 from bf_lib.scenes import BACKGROUNDS, COLOURS, HELD_COLOURS, RELATIONS, SHAPES, Scene, Thing
-from bf_lib.train_text import ReadingTask, load_text_encoder, new_reader, said
+from bf_lib.train_text import ReadingTask, load_text_encoder, meaning, new_reader, said
 from bf_lib.training_data import new_tokenizer
 
-OF_SHAPE = 4  # answers: number, colour, side, size
+OF_OBJECT = 5  # answers: number, shape, colour, side, size
+NOTHING = [0] * OF_OBJECT
 
 
 def thing(shape, colour, size=""):
     return Thing(shape, colour, 32, 32, 10, size=size)
 
 
-def of(answers, shape):
-    i = OF_SHAPE * SHAPES.index(shape)
-    return answers[i : i + OF_SHAPE]
+def shape(name):
+    return 1 + SHAPES.index(name)
 
 
 def colour(name):
@@ -32,31 +32,50 @@ def side(name):
 def test_everything_that_is_said_is_an_answer():
     scene = Scene((thing("star", "red", "large"),), "teal", "single")
     answers = said(scene, "a picture of a large red star on teal")
-    assert of(answers, "star") == [1, colour("red"), 0, 2]
+    assert answers[:OF_OBJECT] == [1, shape("star"), colour("red"), 0, 2]
+    assert answers[OF_OBJECT:-1] == NOTHING
     assert answers[-1] == 1 + list(BACKGROUNDS).index("teal")
-    others = [of(answers, shape) for shape in SHAPES if shape != "star"]
-    assert others == [[0, 0, 0, 0]] * 7
 
 
 def test_what_a_caption_leaves_out_is_answered_by_nothing():
     scene = Scene((thing("star", "red", "large"),), "teal", "single")
-    assert of(said(scene, "a star"), "star") == [1, 0, 0, 0]
-    assert said(scene, "a star")[-1] == 0
+    assert said(scene, "a star") == [1, shape("star"), 0, 0, 0, *NOTHING, 0]
     # the size of an object of the usual size has no word
-    assert of(said(Scene((thing("star", "red"),), "teal", "single"), "a star"), "star")[3] == 0
+    usual = Scene((thing("star", "red"),), "teal", "single")
+    assert said(usual, "a star") == said(scene, "a star")
 
 
-def test_the_side_is_told_from_either_object():
+def test_objects_are_told_in_the_order_in_which_they_are_named():
     scene = Scene((thing("star", "red"), thing("moon", "blue")), "sand", "relation", "above")
-    for text in ("a star on top of a moon", "a moon below a star"):
-        answers = said(scene, text)
-        assert of(answers, "star") == [1, 0, side("above"), 0]
-        assert of(answers, "moon") == [1, 0, side("below"), 0]
+    star, moon = [1, shape("star"), 0, side("above"), 0], [1, shape("moon"), 0, side("below"), 0]
+    assert said(scene, "a star on top of a moon") == [*star, *moon, 0]
+    assert said(scene, "a moon below a star") == [*moon, *star, 0]
+
+
+def test_captions_that_no_image_tells_apart_mean_the_same():
+    scene = Scene((thing("star", "red"), thing("moon", "blue")), "sand", "relation", "above")
+    same = ("a star above a moon", "a moon below a star")
+    assert meaning(scene, same[0]) == meaning(scene, same[1])
+    others = ("a red star above a moon", "a star above a moon on sand")
+    assert len({meaning(scene, text) for text in (same[0], *others)}) == 3
 
 
 def test_equal_objects_are_counted():
     scene = Scene((thing("cross", "pink"),) * 3, "gray", "count")
-    assert of(said(scene, "three pink crosses"), "cross") == [3, colour("pink"), 0, 0]
+    assert said(scene, "three pink crosses") == [
+        *(3, shape("cross"), colour("pink"), 0, 0),
+        *NOTHING,
+        0,
+    ]
+
+
+def test_the_words_of_shapes_begin_no_other_word():
+    """`said` finds an object in a caption by the beginning of its word."""
+    words = {text.removesuffix("</w>") for text in new_tokenizer().get_vocab()}
+    for name in SHAPES:
+        plural = name + ("es" if name == "cross" else "s")
+        found = {word for word in words if word.startswith(name)}
+        assert found <= {name, plural}
 
 
 def test_a_few_steps_lower_the_loss(monkeypatch):
