@@ -61,7 +61,6 @@ def test_names_stand_for_folders(saved, monkeypatch):
     assert load_pipeline("mini").unet.config.sample_size == UNET["sample_size"]
 
 
-@pytest.mark.skipif(not (MODELS["mini"] / "README.md").exists(), reason="make mini writes it")
 def test_the_model_card_of_mini_shows_code_that_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     card = (MODELS["mini"] / "README.md").read_text()
