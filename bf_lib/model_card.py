@@ -195,7 +195,7 @@ def write(
         for (where, kind), row in accuracy.iterrows()
     ]
     tasks = [
-        f"| {task} | {row['unseen']:.2f} | {row['held out']:.2f} |"
+        f"| {task} | {row['unseen']:.3f} | {row['held out']:.3f} |"
         for task, row in scores.iterrows()
     ]
     text = _CARD.format(

@@ -61,12 +61,24 @@ def test_names_stand_for_folders(saved, monkeypatch):
     assert load_pipeline("mini").unet.config.sample_size == UNET["sample_size"]
 
 
+def run_code_of(page: str) -> dict:
+    """Runs the indented lines of a page, and returns the names that they give to things."""
+    code = [line.removeprefix("    ") for line in page.splitlines() if line.startswith("    ")]
+    names: dict = {}
+    exec("\n".join(code), names)
+    return names
+
+
+def test_the_readme_shows_code_that_runs():
+    names = run_code_of((ROOT / "README.md").read_text().partition("## The library")[2])
+    assert names["codes"].shape == names["weight"].shape
+    assert set(names["codes"].unique().tolist()) == {-1, 0, 1}
+
+
 def test_the_model_card_of_mini_shows_code_that_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    card = (MODELS["mini"] / "README.md").read_text()
-    code = [line.removeprefix("    ") for line in card.splitlines() if line.startswith("    ")]
-    names: dict = {}
-    exec("\n".join(code), names)  # with the types that diffusers chooses, not load_pipeline
+    # with the types that diffusers chooses, not load_pipeline
+    names = run_code_of((MODELS["mini"] / "README.md").read_text())
     (image,) = names["images"]
     assert np.asarray(image).shape == (64, 64, 3) and np.asarray(image).std() > 10
 

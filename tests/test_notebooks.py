@@ -53,7 +53,7 @@ def test_the_notebooks_are_there():
 
 
 def test_every_notebook_has_a_rendered_copy_and_none_is_left_over():
-    assert {path.name for path in RENDERED} <= {path.name for path in SOURCES}
+    assert {path.name for path in RENDERED} == {path.name for path in SOURCES}
 
 
 # ---- sources -----------------------------------------------------------------------------------
