@@ -48,12 +48,12 @@ class Perceptual:
     heads: tuple[Tensor, ...]  # non-negative weight of each channel, for each depth
 
     @torch.inference_mode()
-    def features(self, images: Tensor, batch: int = 32) -> Tensor:
+    def features(self, images: Tensor, batch: int = 16) -> Tensor:
         """Returns vectors whose squared Euclidean distances are the perceptual distances.
 
         Arguments:
             images: Images as uint8, with shape (n, h, w, 3).
-            batch: How many of them the trunk sees at once.
+            batch: How many of them the trunk sees at once; maps of more leave a CPU's caches.
 
         Returns:
             The normalised maps of all depths, with shape (n, d), where the trunk is.
