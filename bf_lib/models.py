@@ -5,6 +5,7 @@ __all__ = [
     "REVISIONS",
     "UNREACHABLE",
     "ModelNotFound",
+    "fingerprint",
     "load_pipeline",
     "meta_unet",
     "mini_unet_config",
@@ -12,8 +13,10 @@ __all__ = [
 ]
 
 import errno
+import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_log
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_log
 
 from bf_lib.paths import ROOT, display_path
@@ -186,3 +191,34 @@ def meta_unet(config: dict[str, Any]) -> UNet2DConditionModel:
     """Builds a UNet without its weights, to ask for its layers and sizes."""
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config)
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """Returns a digest of what parts of a pipeline compute: kinds, configurations and weights.
+
+    Whence they were loaded and the device they are on do not matter.
+
+    Arguments:
+        parts: Models, tokenizers, schedulers; None and what has neither weights nor configuration
+            count by their class.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(_description(part), sort_keys=True, default=str).encode())
+        state = part.state_dict() if isinstance(part, nn.Module) else {}
+        for name, value in sorted(state.items()):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _description(part: object) -> dict:
+    """Returns class and configuration of a part of a pipeline, without whence it was loaded."""
+    kind = {"class": type(part).__name__}
+    if isinstance(part, PreTrainedTokenizerBase):
+        settings = ("model_max_length", "padding_side", "truncation_side", "special_tokens_map")
+        rules = part.backend_tokenizer.to_str() if part.is_fast else part.get_vocab()
+        return kind | {name: getattr(part, name) for name in settings} | {"rules": rules}
+    config = getattr(part, "config", None) or {}
+    entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return kind | {name: value for name, value in entries.items() if not name.startswith("_")}

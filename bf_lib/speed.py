@@ -30,7 +30,8 @@ from bf_lib.processes import end_with_parent, make_deterministic
 from bf_lib.progress import progress
 from bf_lib.protocol import study_layers, study_prompts
 from bf_lib.sampling import latent_shape, unet_evaluations
-from bf_lib.sensitivity import Bench, Candidate, Sweep
+from bf_lib.sensitivity.candidates import Candidate
+from bf_lib.sensitivity.sweep import Bench, Sweep
 from bf_lib.study import PRESETS, Study
 
 WORK = ("bare loop", "sweep")
@@ -52,7 +53,7 @@ def _serve(sweep: Sweep, evaluations: int, device: str, link: Connection) -> Non
     """Does what is asked for over the link, until that is closed."""
     end_with_parent()
     make_deterministic(sweep.threads)
-    bench = Bench(sweep, device)
+    bench = sweep.bench(sweep.load(device))
     link.send("ready")
     with suppress(EOFError):
         while asked := link.recv():
@@ -113,7 +114,7 @@ def measure(
         evaluations_per_second of the UNet, over all processes.
     """
     pipe = load_pipeline(sweep.model)
-    known = sweep.candidates(pipe.unet)
+    known = sweep.tasks(pipe.unet)[1:]  # without full precision
     evaluations = unet_evaluations(pipe, len(sweep.prompts), sweep.sampler)
     del pipe
     rows = []

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from toys import toy_unet
 
-from bf_lib import sensitivity
+from bf_lib import jobs
 from bf_lib.atomic import append_line
 from bf_lib.grids import alternating_scale, fake_quantize
+from bf_lib.jobs import TaskFailed, run_job
 from bf_lib.layers import get_layer, list_layers
 from bf_lib.metrics import load_metrics
 from bf_lib.models import load_pipeline
@@ -27,14 +28,15 @@ from bf_lib.paths import ROOT
 from bf_lib.protocol import study_layers, study_prompts
 from bf_lib.sampling import Sampler
 from bf_lib.sensitivity import (
-    CandidateFailed,
     Sweep,
     candidates,
+    leading_roles,
+    per_prompt,
     quantized,
-    run_sweep,
+    sweep,
+    table,
 )
 from bf_lib.study import Study
-from bf_lib.sweep_tables import leading_roles, per_prompt, table
 
 LAYERS = ("down_blocks.0.attentions.0.proj_in", "up_blocks.2.resnets.1.conv1")
 SWEEP = Sweep(
@@ -54,7 +56,7 @@ def by_candidate(rows):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """The sweep by one process, uninterrupted."""
-    return list(run_sweep(SWEEP, tmp_path_factory.mktemp("one")))
+    return list(run_job(SWEEP, tmp_path_factory.mktemp("one")))
 
 
 @pytest.mark.parametrize("levels", [3, 9])
@@ -131,7 +133,7 @@ def test_a_role_leads_as_often_as_the_prompts_say_so():
 
 
 def test_any_number_of_processes_gives_the_same_rows(rows, tmp_path):
-    both = list(run_sweep(SWEEP, tmp_path, workers=2))
+    both = list(run_job(SWEEP, tmp_path, workers=2))
     assert by_candidate(both) == by_candidate(rows)
 
 
@@ -140,9 +142,9 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_sensitivity import SWEEP
-from bf_lib.sensitivity import run_sweep
+from bf_lib.jobs import run_job
 if __name__ == "__main__":
-    rows = run_sweep(SWEEP, Path({folder!r}), workers=2)
+    rows = run_job(SWEEP, Path({folder!r}), workers=2)
     next(rows)
     time.sleep(600)
 """
@@ -171,11 +173,11 @@ def test_a_killed_sweep_goes_on_with_the_same_result(rows, tmp_path):
     kept = kept[: len(rows) - 2]  # had it been killed later, there would be nothing to resume
     # A kill may leave half a line, and another process writes its own behind it.
     path.write_text("\n".join([header, *kept[:-1], '{"layer": "half a li', kept[-1]]))
-    resumed = list(run_sweep(SWEEP, tmp_path))
+    resumed = list(run_job(SWEEP, tmp_path))
     assert [json.loads(line) for line in kept] == resumed[: len(kept)]
     assert len(resumed) == len(rows)
     assert by_candidate(resumed) == by_candidate(rows)
-    assert list(run_sweep(SWEEP, tmp_path)) == resumed
+    assert list(run_job(SWEEP, tmp_path)) == resumed
 
 
 def lines(path: Path) -> list[str]:
@@ -188,20 +190,20 @@ def is_alive(process: psutil.Process) -> bool:
 
 def test_rows_of_other_settings_are_not_mixed_in(rows, tmp_path):
     small = replace(SWEEP, layers=LAYERS[:1], bits=(1,))
-    first = list(run_sweep(small, tmp_path))
-    other = list(run_sweep(replace(small, seeds=(5, 6)), tmp_path))
+    first = list(run_job(small, tmp_path))
+    other = list(run_job(replace(small, seeds=(5, 6)), tmp_path))
     assert by_candidate(other)[LAYERS[0], 1] != by_candidate(first)[LAYERS[0], 1]
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
     # Going back to the first settings costs nothing.
-    assert list(run_sweep(small, tmp_path)) == first
+    assert list(run_job(small, tmp_path)) == first
 
 
 def test_rows_of_two_workers_on_one_file_count_once(rows, tmp_path):
     """As when a worker of a killed sweep ends its row while the next sweep begins."""
-    once = list(run_sweep(SWEEP, tmp_path))
+    once = list(run_job(SWEEP, tmp_path))
     (path,) = tmp_path.glob("*.jsonl")
     append_line(path, json.dumps(once[-1]))
-    assert list(run_sweep(SWEEP, tmp_path)) == once
+    assert list(run_job(SWEEP, tmp_path)) == once
 
 
 REFERENCE = replace(SWEEP, layers=(), bits=(1,))  # full precision alone
@@ -210,7 +212,7 @@ REFERENCE = replace(SWEEP, layers=(), bits=(1,))  # full precision alone
 @pytest.fixture
 def marked(tmp_path) -> Path:
     """A folder with a row that is marked, so that one that is computed anew can be told."""
-    (row,) = run_sweep(REFERENCE, tmp_path)
+    (row,) = run_job(REFERENCE, tmp_path)
     (path,) = tmp_path.glob("*.jsonl")
     path.write_text("\n".join([lines(path)[0], json.dumps(row | {"weight_mse": 99.0})]))
     return tmp_path
@@ -240,7 +242,7 @@ def change_scale(pipe):
 
 
 def test_rows_of_the_same_sweep_are_kept(marked):
-    (row,) = run_sweep(REFERENCE, marked)
+    (row,) = run_job(REFERENCE, marked)
     assert row["weight_mse"] == 99.0
 
 
@@ -255,7 +257,7 @@ def test_rows_of_another_model_are_not_taken(change, marked, monkeypatch):
         return pipe
 
     monkeypatch.setattr(Sweep, "load", load)
-    (row,) = run_sweep(REFERENCE, marked)
+    (row,) = run_job(REFERENCE, marked)
     assert row["weight_mse"] == 0.0
 
 
@@ -266,21 +268,21 @@ def test_rows_of_another_judge_are_not_taken(marked, monkeypatch):
             clip.model.logit_scale += 1
         return perceptual, clip
 
-    monkeypatch.setattr(sensitivity, "load_metrics", load)
-    (row,) = run_sweep(REFERENCE, marked)
+    monkeypatch.setattr(sweep, "load_metrics", load)
+    (row,) = run_job(REFERENCE, marked)
     assert row["weight_mse"] == 0.0
 
 
 @pytest.mark.parametrize("what", ["versions", "library_digest"])
 def test_rows_of_other_code_and_libraries_are_not_taken(what, marked, monkeypatch):
-    monkeypatch.setattr(sensitivity, what, lambda *_: "another")
-    (row,) = run_sweep(REFERENCE, marked)
+    monkeypatch.setattr(jobs, what, lambda *_: "another")
+    (row,) = run_job(REFERENCE, marked)
     assert row["weight_mse"] == 0.0
 
 
 def test_unknown_layers_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no such quantizable layers: \['conv_in', 'typo'\]"):
-        next(run_sweep(replace(SWEEP, layers=("typo", "conv_in", *LAYERS)), tmp_path))
+        next(run_job(replace(SWEEP, layers=("typo", "conv_in", *LAYERS)), tmp_path))
 
 
 def test_a_layer_that_cannot_be_quantized_is_named():
@@ -307,10 +309,10 @@ class Spoilt(Sweep):
 
 def test_a_candidate_that_fails_is_named_after_all_others_are_done(tmp_path):
     settings = {field.name: getattr(SWEEP, field.name) for field in fields(SWEEP)}
-    sweep = Spoilt(**settings | {"bits": (1,)})
+    spoilt = Spoilt(**settings | {"bits": (1,)})
     done = []
-    with pytest.raises(CandidateFailed, match=f"1 of 3 candidates failed:\n{LAYERS[0]} at 1 bits"):
-        for row in run_sweep(sweep, tmp_path):
+    with pytest.raises(TaskFailed, match=f"1 of 3 tasks failed:\n1 bit {LAYERS[0]}"):
+        for row in run_job(spoilt, tmp_path):
             done.append((row["layer"], row["bits"]))
     assert sorted(done, key=str) == [(None, None), (LAYERS[1], 1)][::-1]
 

@@ -20,7 +20,7 @@ def table(rows: Iterable[Mapping], layers: Sequence[Layer]) -> pd.DataFrame:
     quantization loses something.
 
     Arguments:
-        rows: What `sensitivity.run_sweep` yields, in any order.
+        rows: What `jobs.run_job` yields for a `Sweep`, in any order.
         layers: The layers of the UNet, for what is known of them.
 
     Returns:
