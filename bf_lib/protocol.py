@@ -1,6 +1,6 @@
-"""What a study looks at: the prompts whose images are compared, and the layers that are swept."""
+"""What a study looks at: which prompts and layers, and the sweep over them."""
 
-__all__ = ["study_layers", "study_prompts"]
+__all__ = ["study_layers", "study_prompts", "study_sweep"]
 
 from collections.abc import Sequence
 
@@ -9,7 +9,9 @@ import pandas as pd
 
 from bf_lib.layers import Layer
 from bf_lib.paths import ROOT
+from bf_lib.sampling import Sampler
 from bf_lib.scenes import caption, sample_scene
+from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.study import Study
 
 
@@ -44,3 +46,21 @@ def study_layers(study: Study, layers: Sequence[Layer]) -> list[Layer]:
         left = fresh or [layer for layer in layers if layer not in chosen]
         chosen.append(min(left, key=lambda layer: abs(layer.depth - place)))
     return sorted(chosen, key=lambda layer: layer.depth)
+
+
+def study_sweep(
+    study: Study, prompts: Sequence[str], layers: Sequence[Layer], seed: int = 0
+) -> Sweep:
+    """Returns the sweep of a study, with the seeds 0, 1, 2, ... for seed 0, then the next."""
+    n = len(prompts)
+    return Sweep(
+        model=study.model,
+        prompts=tuple(prompts),
+        seeds=tuple(range(seed * n, (seed + 1) * n)),
+        sampler=Sampler(steps=study.steps, guidance=study.guidance, batch=study.batch),
+        bits=study.bits,
+        layers=tuple(layer.name for layer in layers),
+        metrics="mini" if study.model == "mini" else "sd15",
+        threads=study.threads,
+        dtype=study.dtype,
+    )

@@ -12,6 +12,7 @@ __all__ = [
     "PromptEmbeds",
     "Sampler",
     "decode",
+    "denoise",
     "encode_prompts",
     "generate",
     "generate_in_processes",
@@ -166,7 +167,7 @@ def generate(
         count = min(sampler.batch, len(seeds) - start)
         # The last sample fills up a batch, so that all batches have the same shape.
         index = [start + min(i, count - 1) for i in range(sampler.batch)]
-        latents = _denoise(pipe, embeds[index], [seeds[i] for i in index], sampler)
+        latents = denoise(pipe, embeds[index], [seeds[i] for i in index], sampler)
         images.append(decode(pipe, latents)[:count])
     return torch.cat(images)
 
@@ -231,10 +232,22 @@ def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
     return (unit.float() * 255).round().to(torch.uint8).cpu()
 
 
-def _denoise(
+def denoise(
     pipe: StableDiffusionPipeline, embeds: PromptEmbeds, seeds: Sequence[int], sampler: Sampler
 ) -> Tensor:
-    """Runs the scheduler from noise to latents, with shape (n, channels, height, width)."""
+    """Runs the scheduler from noise to latents, one batch at once.
+
+    Gradients flow where they are enabled, as far as the scheduler lets them.
+
+    Arguments:
+        pipe: The UNet and the scheduler, which is copied.
+        embeds: The text of each sample.
+        seeds: The seed of each sample.
+        sampler: Steps and guidance.
+
+    Returns:
+        The latents, with shape (n, channels, height, width).
+    """
     unet, text = pipe.unet, embeds.prompts
     scheduler = copy.deepcopy(pipe.scheduler)  # schedulers carry state from step to step
     scheduler.set_timesteps(sampler.steps, device=text.device)

@@ -28,7 +28,7 @@ from bf_lib.layers import list_layers, published_recipe
 from bf_lib.models import load_pipeline, meta_unet, sd15_unet_config
 from bf_lib.processes import end_with_parent, make_deterministic
 from bf_lib.progress import progress
-from bf_lib.protocol import study_layers, study_prompts
+from bf_lib.protocol import study_layers, study_prompts, study_sweep
 from bf_lib.sampling import latent_shape, unet_evaluations
 from bf_lib.sensitivity.candidates import Candidate
 from bf_lib.sensitivity.sweep import Bench, Sweep
@@ -203,7 +203,7 @@ def _main() -> None:
         parser.error(f"workers must be at least 2, got {options.workers}")
     study = Study.of(options.preset)
     layers = list_layers(load_pipeline(study.model).unet)
-    sweep = Sweep.of(study, study_prompts(study, seed=0), study_layers(study, layers))
+    sweep = study_sweep(study, study_prompts(study, seed=0), study_layers(study, layers))
     layouts = (options.workers, 1), (1, options.workers)
     table = measure(sweep, options.rounds, layouts)
     print(f"UNet evaluations per second, medians of {options.rounds} rounds")

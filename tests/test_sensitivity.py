@@ -25,7 +25,7 @@ from bf_lib.layers import get_layer, list_layers
 from bf_lib.metrics import load_metrics
 from bf_lib.models import load_pipeline
 from bf_lib.paths import ROOT
-from bf_lib.protocol import study_layers, study_prompts
+from bf_lib.protocol import study_layers, study_prompts, study_sweep
 from bf_lib.sampling import Sampler
 from bf_lib.sensitivity import (
     Sweep,
@@ -324,11 +324,11 @@ def test_prompts_and_seeds_must_pair_up():
 
 def test_a_study_gives_its_seed_to_the_noise_and_its_metrics_to_the_model():
     study, prompts, layers = Study.of("mini"), ["a", "b"], list_layers(toy_unet())
-    assert Sweep.of(study, prompts, layers).seeds == (0, 1)
-    assert Sweep.of(study, prompts, layers, seed=3).seeds == (6, 7)
-    assert Sweep.of(study, prompts, layers).metrics == "mini"
+    assert study_sweep(study, prompts, layers).seeds == (0, 1)
+    assert study_sweep(study, prompts, layers, seed=3).seeds == (6, 7)
+    assert study_sweep(study, prompts, layers).metrics == "mini"
     other = Study.of("mini", model="runwayml/stable-diffusion-v1-5")
-    assert Sweep.of(other, prompts, layers).metrics == "sd15"
+    assert study_sweep(other, prompts, layers).metrics == "sd15"
 
 
 def test_a_study_takes_layers_spread_over_the_unet():

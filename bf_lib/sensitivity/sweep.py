@@ -9,16 +9,13 @@ the CLIP score. The paper also fine-tunes each candidate before it is scored: se
 __all__ = ["Bench", "Sweep"]
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Self
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from bf_lib.grids import levels_of_bits
-from bf_lib.layers import Layer
 from bf_lib.metrics import clip_score, load_metrics, mse, psnr
 from bf_lib.models import load_pipeline
 from bf_lib.sampling import Sampler, encode_prompts, generate
@@ -29,7 +26,6 @@ from bf_lib.sensitivity.candidates import (
     chosen_layers,
     quantized,
 )
-from bf_lib.study import Study
 
 
 @dataclass(frozen=True)
@@ -45,24 +41,6 @@ class Sweep:
     metrics: str = "mini"  # as `metrics.load_metrics` names them
     threads: int = 1
     dtype: str = "float32"
-
-    @classmethod
-    def of(
-        cls, study: Study, prompts: Sequence[str], layers: Sequence[Layer], seed: int = 0
-    ) -> Self:
-        """Returns the sweep of a study, with the seeds 0, 1, 2, ... for seed 0, then the next."""
-        n = len(prompts)
-        return cls(
-            model=study.model,
-            prompts=tuple(prompts),
-            seeds=tuple(range(seed * n, (seed + 1) * n)),
-            sampler=Sampler(steps=study.steps, guidance=study.guidance, batch=study.batch),
-            bits=study.bits,
-            layers=tuple(layer.name for layer in layers),
-            metrics="mini" if study.model == "mini" else "sd15",
-            threads=study.threads,
-            dtype=study.dtype,
-        )
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.prompts) or not self.prompts:

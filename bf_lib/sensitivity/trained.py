@@ -1,0 +1,172 @@
+"""The sweep with each candidate fine-tuned before it is scored, as the paper does (§3.2, Alg. 1).
+
+One layer is quantized, and the UNet learns the noise that the full-precision model predicts; all
+weights and the scales of the layer are trained. The paper does not say how long, on which data or
+at what rate. Here every candidate sees the same latents, times and captions in the same order;
+the latents are drawn by the full-precision model from captions of their own, so no images are
+needed. As in the paper's first stage, a caption is left out in one case of ten.
+"""
+
+__all__ = ["TrainedBench", "TrainedSweep", "Training"]
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.lr_scheduler import LinearLR
+
+from bf_lib.fakequant import attach_fake_quantizer_
+from bf_lib.grids import levels_of_bits, relative_mse
+from bf_lib.layers import get_layer
+from bf_lib.sampling import PromptEmbeds, denoise, encode_prompts
+from bf_lib.sensitivity.candidates import FULL_PRECISION, Candidate
+from bf_lib.sensitivity.sweep import Bench, Sweep
+
+DROPPED = 0.1  # of the captions, as in Eq. 6
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How each candidate is fine-tuned."""
+
+    captions: tuple[str, ...]  # other than the prompts of the sweep
+    steps: int
+    batch: int
+    lr: float
+    held_out: int = 64  # samples that only tell how much was learnt
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.held_out, len(self.captions)) < 1 or self.lr <= 0:
+            raise ValueError(f"impossible training: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedSweep(Sweep):
+    """All that the rows of a sweep with trained candidates depend on."""
+
+    training: Training
+
+    def __post_init__(self) -> None:
+        Sweep.__post_init__(self)
+        if shared := sorted(set(self.training.captions) & set(self.prompts)):
+            raise ValueError(f"prompts of the sweep must not be trained on: {shared[:3]}")
+
+    def bench(self, pipe: StableDiffusionPipeline) -> "TrainedBench":
+        """Returns what trains and scores candidates."""
+        return TrainedBench(self, pipe)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lessons:
+    """Samples of what to learn: the noise that full precision predicts."""
+
+    x: Tensor  # (n, channels, height, width)
+    t: Tensor  # (n,)
+    text: Tensor  # (n, tokens, width)
+    noise: Tensor  # (n, channels, height, width)
+
+    def __getitem__(self, part: slice) -> "Lessons":
+        return Lessons(self.x[part], self.t[part], self.text[part], self.noise[part])
+
+
+class TrainedBench(Bench):
+    """A loaded model with its images and lessons."""
+
+    def __init__(self, sweep: TrainedSweep, pipe: StableDiffusionPipeline) -> None:
+        super().__init__(sweep, pipe)
+        plan = sweep.training
+        pipe.unet.requires_grad_(True).eval()
+        self.lessons = _lessons(pipe, plan, plan.steps * plan.batch + plan.held_out, sweep)
+
+    def score(self, task: Candidate) -> dict:
+        """Returns the row of a candidate, with its noise error before and after its training."""
+        if task == FULL_PRECISION:
+            same = {"noise_mse_before": 0.0, "noise_mse_after": 0.0}
+            return asdict(task) | {"weight_mse": 0.0} | same | self.measure(self.draw())
+        unet, plan = self.pipe.unet, self.sweep.training
+        held_out = self.lessons[plan.steps * plan.batch :]
+        weight = get_layer(unet, task.layer).weight.detach().clone()
+        with _restored(unet, task.layer):
+            attach_fake_quantizer_(unet, task.layer, levels_of_bits(task.bits))
+            before = self._error(held_out)
+            self._fit()
+            found = {
+                "weight_mse": float(relative_mse(weight, get_layer(unet, task.layer).weight)),
+                "noise_mse_before": before,
+                "noise_mse_after": self._error(held_out),
+            }
+            return asdict(task) | found | self.measure(self.draw())
+
+    def _fit(self) -> None:
+        unet, plan = self.pipe.unet, self.sweep.training
+        optimizer = torch.optim.AdamW(unet.parameters(), plan.lr)
+        schedule = LinearLR(optimizer, 1.0, 1 / plan.steps, plan.steps - 1)
+        for step in range(plan.steps):
+            part = self.lessons[step * plan.batch : (step + 1) * plan.batch]
+            loss = F.mse_loss(_noise(unet, part), part.noise)  # Eq. 6
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _error(self, lessons: Lessons) -> float:
+        return float(F.mse_loss(_noise(self.pipe.unet, lessons), lessons.noise))
+
+
+def _noise(unet: nn.Module, lessons: Lessons) -> Tensor:
+    return unet(lessons.x, lessons.t, encoder_hidden_states=lessons.text, return_dict=False)[0]
+
+
+@torch.no_grad()
+def _lessons(pipe: StableDiffusionPipeline, plan: Training, count: int, sweep: Sweep) -> Lessons:
+    """Noises latents that the model drew itself, and asks it for the noise."""
+    known = encode_prompts(pipe, plan.captions)
+    embeds = PromptEmbeds(known.prompts.clone(), known.empty.clone())
+    drawn = _drawn(pipe, embeds, plan, sweep)
+    generator = torch.Generator().manual_seed(plan.seed)
+    which = torch.randint(len(drawn), (count,), generator=generator)
+    t = torch.randint(pipe.scheduler.config.num_train_timesteps, (count,), generator=generator)
+    noise = torch.randn((count, *drawn.shape[1:]), generator=generator).to(drawn)
+    dropped = (torch.rand(count, generator=generator) < DROPPED).to(drawn.device)
+    text = torch.where(
+        dropped[:, None, None], embeds.empty, embeds.prompts[which.to(drawn.device)]
+    )
+    x = pipe.scheduler.add_noise(drawn[which.to(drawn.device)], noise, t.to(drawn.device))
+    asked = Lessons(x, t.to(drawn.device), text, noise)
+    parts = [slice(i, i + plan.batch) for i in range(0, count, plan.batch)]
+    predicted = torch.cat([_noise(pipe.unet, asked[part]) for part in parts])
+    return Lessons(asked.x, asked.t, asked.text, predicted)
+
+
+def _drawn(
+    pipe: StableDiffusionPipeline, embeds: PromptEmbeds, plan: Training, sweep: Sweep
+) -> Tensor:
+    """Draws the latents of each caption, with shape (captions, channels, height, width)."""
+    seeds: Sequence[int] = range(2**33 + plan.seed, 2**33 + plan.seed + len(plan.captions))
+    size = sweep.sampler.batch
+    starts = range(0, len(seeds), size)
+    parts = [
+        denoise(pipe, embeds[i : i + size], seeds[i : i + size], sweep.sampler) for i in starts
+    ]
+    return torch.cat(parts)
+
+
+@contextmanager
+def _restored(unet: nn.Module, name: str) -> Iterator[None]:
+    """Puts every weight back bit for bit after the block, and the layer as it was."""
+    kept = {key: value.detach().clone() for key, value in unet.state_dict().items()}
+    try:
+        yield
+    finally:
+        layer = get_layer(unet, name)
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight")
+        unet.load_state_dict(kept)
