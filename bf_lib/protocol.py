@@ -1,8 +1,17 @@
 """What a study looks at: which prompts and layers, and the sweep over them."""
 
-__all__ = ["study_layers", "study_prompts", "study_sweep"]
+__all__ = [
+    "spread",
+    "study_estimate",
+    "study_layers",
+    "study_prompts",
+    "study_sweep",
+    "training_captions",
+    "with_training",
+]
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +20,12 @@ from bf_lib.layers import Layer
 from bf_lib.paths import ROOT
 from bf_lib.sampling import Sampler
 from bf_lib.scenes import caption, sample_scene
+from bf_lib.sensitivity.estimates import Estimate
 from bf_lib.sensitivity.sweep import Sweep
+from bf_lib.sensitivity.trained import TrainedSweep, Training
 from bf_lib.study import Study
+
+PORTION = 4  # prompts of an estimate at once: their activations are kept for the way back
 
 
 def study_prompts(study: Study, seed: int) -> list[str]:
@@ -37,15 +50,37 @@ def study_prompts(study: Study, seed: int) -> list[str]:
 
 def study_layers(study: Study, layers: Sequence[Layer]) -> list[Layer]:
     """Returns the layers that a study sweeps: all, or a few spread over depth and roles."""
-    if study.layers is None or study.layers >= len(layers):
+    return list(layers) if study.layers is None else spread(layers, study.layers)
+
+
+def spread(layers: Sequence[Layer], count: int) -> list[Layer]:
+    """Returns some of the layers, spread over depth, of every role before any role twice."""
+    if count >= len(layers):
         return list(layers)
     chosen: list[Layer] = []
-    for place in np.linspace(0, len(layers) - 1, study.layers):
+    for place in np.linspace(0, len(layers) - 1, count):
         roles = {layer.role for layer in chosen}
         fresh = [layer for layer in layers if layer not in chosen and layer.role not in roles]
         left = fresh or [layer for layer in layers if layer not in chosen]
-        chosen.append(min(left, key=lambda layer: abs(layer.depth - place)))
+        chosen.append(min(left, key=lambda layer: abs(layer.depth - layers[round(place)].depth)))
     return sorted(chosen, key=lambda layer: layer.depth)
+
+
+def training_captions(count: int, seed: int, other_than: Sequence[str]) -> list[str]:
+    """Returns captions to train candidates on: of drawn scenes, for any model.
+
+    Arguments:
+        count: How many.
+        seed: Another seed gives others.
+        other_than: Prompts that must not be trained on.
+    """
+    rng = np.random.default_rng((7, 2, seed))
+    found: list[str] = []
+    while len(found) < count:
+        text = caption(sample_scene(rng), rng)
+        if text not in other_than:
+            found.append(text)
+    return found
 
 
 def study_sweep(
@@ -63,4 +98,33 @@ def study_sweep(
         metrics="mini" if study.model == "mini" else "sd15",
         threads=study.threads,
         dtype=study.dtype,
+    )
+
+
+def with_training(study: Study, sweep: Sweep, layers: Sequence[Layer], seed: int) -> TrainedSweep:
+    """Returns the sweep of some layers whose candidates are trained before they are scored."""
+    captions = training_captions(2 * study.prompts, seed, sweep.prompts)
+    training = Training(tuple(captions), study.trained_steps, study.batch, study.trained_lr)
+    given = {field.name: getattr(sweep, field.name) for field in fields(sweep)}
+    chosen = tuple(layer.name for layer in layers)
+    return TrainedSweep(**given | {"layers": chosen}, training=training)
+
+
+def study_estimate(sweep: Sweep, prompts: int, method: str, projections: int) -> Estimate:
+    """Returns the estimate by the first prompts of a sweep, of all that it sweeps.
+
+    Arguments:
+        sweep: Its prompts and seeds should be others than those of the sweep it is compared with.
+        prompts: How many of its prompts.
+        method: One of `sensitivity.METHODS`.
+        projections: How many for each prompt.
+    """
+    shared = ("model", "bits", "layers", "threads", "dtype")
+    return Estimate(
+        prompts=sweep.prompts[:prompts],
+        seeds=sweep.seeds[:prompts],
+        sampler=replace(sweep.sampler, batch=min(PORTION, sweep.sampler.batch)),
+        method=method,
+        projections=projections,
+        **{name: getattr(sweep, name) for name in shared},
     )

@@ -10,6 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 DTYPES = ("float32", "bfloat16", "float16")
+COUNTS = (
+    *("prompts", "steps", "batch", "threads"),
+    *("repeats", "repeat_layers", "trained_layers", "trained_steps"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +31,16 @@ class Study:
     workers: int | None = None  # processes that share the sweep; None is one for each device
     threads: int = 1  # per process; float sums depend on it, so it is never left to the machine
     dtype: str = "float32"
+    repeats: int = 3  # sweeps of some layers with other prompts and seeds
+    repeat_layers: int = 30  # how many layers they take
+    trained_layers: int = 24  # how many layers are also fine-tuned before they are scored
+    trained_steps: int = 48  # of that training
+    trained_lr: float = 1e-3  # of the layer alone; the paper gives none
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
-        for name in ("prompts", "steps", "batch", "threads"):
+        for name in COUNTS:
             _require_count(name, getattr(self, name))
         for name in ("layers", "workers"):
             if getattr(self, name) is not None:
@@ -42,6 +51,8 @@ class Study:
             raise ValueError(f"bits must be one or more integers from 1 up, got {self.bits!r}")
         if len(set(self.bits)) < len(self.bits):
             raise ValueError(f"bits must differ from each other, got {self.bits!r}")
+        if not 0 < self.trained_lr < 1:
+            raise ValueError(f"trained_lr must be in (0, 1), got {self.trained_lr!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 
@@ -80,7 +91,9 @@ _MINI = {
 }
 
 PRESETS: dict[str, dict[str, object]] = {
-    "smoke": _MINI | {"prompts": 2, "steps": 2, "batch": 2, "layers": 6, "workers": 1},
+    "smoke": _MINI
+    | {"prompts": 2, "steps": 2, "batch": 2, "layers": 6, "workers": 1}
+    | {"repeats": 2, "repeat_layers": 3, "trained_layers": 2, "trained_steps": 2},
     "mini": _MINI,
     "sd15": {
         "model": "sd15",

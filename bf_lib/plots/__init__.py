@@ -3,22 +3,44 @@
 __all__ = [
     "FAMILIES",
     "METRICS",
+    "correlation_heatmaps",
     "error_by_layer",
     "error_by_levels",
+    "estimate_scatter",
     "family_of",
+    "fidelity",
     "layer_card",
+    "paper_intervals",
     "parameters_by_block",
     "parameters_by_depth",
     "parameters_by_role",
+    "pull_scatter",
+    "reliability_bars",
+    "scatter_matrix",
     "sensitivity_bars",
     "sensitivity_by_role",
     "short",
     "steps_to_converge",
     "training_curves",
+    "training_gain",
+    "training_scatter",
     "weight_histograms",
 ]
 
 from bf_lib.plots.anatomy import parameters_by_block, parameters_by_depth, parameters_by_role
+from bf_lib.plots.correlation import (
+    correlation_heatmaps,
+    paper_intervals,
+    pull_scatter,
+    reliability_bars,
+    scatter_matrix,
+)
+from bf_lib.plots.estimates import (
+    estimate_scatter,
+    fidelity,
+    training_gain,
+    training_scatter,
+)
 from bf_lib.plots.families import FAMILIES, family_of, short
 from bf_lib.plots.grids import (
     error_by_layer,

@@ -24,8 +24,9 @@ def table(rows: Iterable[Mapping], layers: Sequence[Layer]) -> pd.DataFrame:
         layers: The layers of the UNet, for what is known of them.
 
     Returns:
-        Columns layer, role, block, depth, params, bits, levels, weight_mse (relative squared
-        error), mse (squared units of 0..255), psnr (dB), perceptual, clip, clip_drop.
+        Columns layer, role, block, depth, params, bits, levels, mse (squared units of 0..255),
+        psnr (dB), perceptual, clip, clip_drop, weight_mse (relative squared error), and of
+        candidates that were trained, noise_mse_before and noise_mse_after (on held-out samples).
 
     Raises:
         ValueError: If the row of the full-precision model is missing.
@@ -47,13 +48,13 @@ def table(rows: Iterable[Mapping], layers: Sequence[Layer]) -> pd.DataFrame:
                 "params": layer.params,
                 "bits": bits,
                 "levels": levels,
-                "weight_mse": row["weight_mse"],
                 "mse": np.mean(row["mse"]),
                 "psnr": np.mean(row["psnr"]),
                 "perceptual": np.mean(row["perceptual"]),
                 "clip": np.mean(row["clip"]),
                 "clip_drop": np.mean(reference - row["clip"]),
             }
+            | {name: value for name, value in row.items() if isinstance(value, float)}
         )
     return pd.DataFrame(records).sort_values(["depth", "bits"], ignore_index=True)
 

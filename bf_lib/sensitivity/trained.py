@@ -1,10 +1,14 @@
 """The sweep with each candidate fine-tuned before it is scored, as the paper does (§3.2, Alg. 1).
 
-One layer is quantized, and the UNet learns the noise that the full-precision model predicts; all
-weights and the scales of the layer are trained. The paper does not say how long, on which data or
-at what rate. Here every candidate sees the same latents, times and captions in the same order;
-the latents are drawn by the full-precision model from captions of their own, so no images are
-needed. As in the paper's first stage, a caption is left out in one case of ten.
+One layer is quantized, and the UNet learns the noise that the full-precision model predicts. The
+paper trains "weights and scales" and does not say whether those of the layer or of the whole UNet,
+how long, on which data or at what rate. Here it is the layer's weight, bias and scales by default:
+Adam moves every weight by about its rate at each step, however small the error is, so that to
+train the whole UNet for a short time changes the images by more than a harmless layer does.
+
+Every candidate sees the same latents, times and captions in the same order, at a rate that falls
+linearly to zero. The latents are drawn by the full-precision model from captions of their own, so
+no images are needed. As in the paper's first stage, a caption is left out in one case of ten.
 """
 
 __all__ = ["TrainedBench", "TrainedSweep", "Training"]
@@ -27,6 +31,7 @@ from bf_lib.sampling import PromptEmbeds, denoise, encode_prompts
 from bf_lib.sensitivity.candidates import FULL_PRECISION, Candidate
 from bf_lib.sensitivity.sweep import Bench, Sweep
 
+SCOPES = ("layer", "unet")
 DROPPED = 0.1  # of the captions, as in Eq. 6
 
 
@@ -38,10 +43,13 @@ class Training:
     steps: int
     batch: int
     lr: float
+    scope: str = "layer"  # what is trained beside the scales: the "layer" or the whole "unet"
     held_out: int = 64  # samples that only tell how much was learnt
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}")
         if min(self.steps, self.batch, self.held_out, len(self.captions)) < 1 or self.lr <= 0:
             raise ValueError(f"impossible training: {self}")
 
@@ -81,7 +89,6 @@ class TrainedBench(Bench):
     def __init__(self, sweep: TrainedSweep, pipe: StableDiffusionPipeline) -> None:
         super().__init__(sweep, pipe)
         plan = sweep.training
-        pipe.unet.requires_grad_(True).eval()
         self.lessons = _lessons(pipe, plan, plan.steps * plan.batch + plan.held_out, sweep)
 
     def score(self, task: Candidate) -> dict:
@@ -95,7 +102,7 @@ class TrainedBench(Bench):
         with _restored(unet, task.layer):
             attach_fake_quantizer_(unet, task.layer, levels_of_bits(task.bits))
             before = self._error(held_out)
-            self._fit()
+            self._fit(get_layer(unet, task.layer))
             found = {
                 "weight_mse": float(relative_mse(weight, get_layer(unet, task.layer).weight)),
                 "noise_mse_before": before,
@@ -103,9 +110,13 @@ class TrainedBench(Bench):
             }
             return asdict(task) | found | self.measure(self.draw())
 
-    def _fit(self) -> None:
+    def _fit(self, layer: nn.Module) -> None:
         unet, plan = self.pipe.unet, self.sweep.training
-        optimizer = torch.optim.AdamW(unet.parameters(), plan.lr)
+        unet.requires_grad_(plan.scope == "unet")
+        trained = list((unet if plan.scope == "unet" else layer).parameters())
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(trained, plan.lr, weight_decay=0.0)
         schedule = LinearLR(optimizer, 1.0, 1 / plan.steps, plan.steps - 1)
         for step in range(plan.steps):
             part = self.lessons[step * plan.batch : (step + 1) * plan.batch]
@@ -132,15 +143,13 @@ def _lessons(pipe: StableDiffusionPipeline, plan: Training, count: int, sweep: S
     embeds = PromptEmbeds(known.prompts.clone(), known.empty.clone())
     drawn = _drawn(pipe, embeds, plan, sweep)
     generator = torch.Generator().manual_seed(plan.seed)
-    which = torch.randint(len(drawn), (count,), generator=generator)
-    t = torch.randint(pipe.scheduler.config.num_train_timesteps, (count,), generator=generator)
+    times = pipe.scheduler.config.num_train_timesteps
+    which = torch.randint(len(drawn), (count,), generator=generator).to(drawn.device)
+    t = torch.randint(times, (count,), generator=generator).to(drawn.device)
     noise = torch.randn((count, *drawn.shape[1:]), generator=generator).to(drawn)
     dropped = (torch.rand(count, generator=generator) < DROPPED).to(drawn.device)
-    text = torch.where(
-        dropped[:, None, None], embeds.empty, embeds.prompts[which.to(drawn.device)]
-    )
-    x = pipe.scheduler.add_noise(drawn[which.to(drawn.device)], noise, t.to(drawn.device))
-    asked = Lessons(x, t.to(drawn.device), text, noise)
+    text = torch.where(dropped[:, None, None], embeds.empty, embeds.prompts[which])
+    asked = Lessons(pipe.scheduler.add_noise(drawn[which], noise, t), t, text, noise)
     parts = [slice(i, i + plan.batch) for i in range(0, count, plan.batch)]
     predicted = torch.cat([_noise(pipe.unet, asked[part]) for part in parts])
     return Lessons(asked.x, asked.t, asked.text, predicted)

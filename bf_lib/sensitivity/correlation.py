@@ -1,0 +1,193 @@
+"""How the metrics of a sweep go together, with intervals (BitsFusion, §3.2, Tables 1 and 2).
+
+Correlations are over layers, and their intervals too: what another choice of layers, from layers
+such as these, might have given. They do not hold what other prompts would have changed; that is
+`bf_lib.sensitivity.reliability`.
+"""
+
+__all__ = [
+    "PAPER",
+    "beside_paper",
+    "between_bits",
+    "between_metrics",
+    "influence",
+    "pearson",
+    "rank_agreement",
+]
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from numpy import ndarray as Array
+from scipy.stats import bootstrap, rankdata
+
+RESAMPLES = 10_000
+METRICS = ("mse", "psnr", "perceptual", "clip_drop")
+
+# |Pearson| as the paper prints it for SD-v1.5: (first, second, bits) and (metric, bits, bits)
+PAPER = {
+    ("mse", "psnr", 1): 0.870,
+    ("mse", "perceptual", 1): 0.984,
+    ("mse", "clip_drop", 1): 0.733,
+    ("mse", "psnr", 2): 0.882,
+    ("mse", "perceptual", 2): 0.989,
+    ("mse", "clip_drop", 2): 0.473,
+    ("mse", "psnr", 3): 0.869,
+    ("mse", "perceptual", 3): 0.991,
+    ("mse", "clip_drop", 3): 0.535,
+    ("mse", 1, 2): 0.929,
+    ("mse", 1, 3): 0.766,
+    ("mse", 2, 3): 0.887,
+    ("psnr", 1, 2): 0.954,
+    ("psnr", 1, 3): 0.843,
+    ("psnr", 2, 3): 0.923,
+    ("perceptual", 1, 2): 0.943,
+    ("perceptual", 1, 3): 0.802,
+    ("perceptual", 2, 3): 0.895,
+    ("clip_drop", 1, 2): 0.504,
+    ("clip_drop", 1, 3): 0.344,
+    ("clip_drop", 2, 3): 0.428,
+}
+
+
+def pearson(a: Array, b: Array, axis: int = -1) -> Array:
+    """Returns Pearson's correlation along an axis; 0 where one of the two is constant."""
+    a = a - a.mean(axis=axis, keepdims=True)
+    b = b - b.mean(axis=axis, keepdims=True)
+    size = np.sqrt((a * a).sum(axis=axis) * (b * b).sum(axis=axis))
+    return np.divide((a * b).sum(axis=axis), size, out=np.zeros_like(size), where=size > 0)
+
+
+def _spearman(a: Array, b: Array, axis: int = -1) -> Array:
+    """Returns Spearman's correlation along an axis; ties have their mean rank."""
+    return pearson(rankdata(a, axis=axis), rankdata(b, axis=axis), axis)
+
+
+def interval(
+    statistic: Callable[..., Array], *samples: Array, method: str = "BCa", seed: int = 0
+) -> tuple[float, float]:
+    """Returns the 95 % bootstrap interval of a statistic of paired samples (`scipy.stats`).
+
+    Arguments:
+        statistic: A function of the samples and of `axis`.
+        samples: Values of the same layers, each with shape (layers,).
+        method: "BCa" or "percentile".
+        seed: Of the resamples.
+    """
+    low, high = bootstrap(
+        samples,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=500,  # resamples at once: bounds the memory
+        method=method,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(low), float(high)
+
+
+def rank_agreement(a: Array, b: Array) -> dict[str, float]:
+    """Returns Spearman's correlation with the ends of its interval: spearman, low, high."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    low, high = interval(_spearman, a, b, method="percentile")
+    return {"spearman": float(_spearman(a, b)), "low": low, "high": high}
+
+
+def between_metrics(rows: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
+    """Correlates the metrics at the same bit-width, over layers (Table 1, and what it leaves out).
+
+    Arguments:
+        rows: The table of the sweep.
+        metrics: Columns of it.
+
+    Returns:
+        Columns first, second, bits, pearson, low, high (its 95 % interval), spearman, and
+        pearson_without (that of all but the `extreme` layers).
+    """
+    records = []
+    for b, part in rows.groupby("bits"):
+        for first, second in combinations(metrics, 2):
+            x, y = part[first].to_numpy(), part[second].to_numpy()
+            records.append({"first": first, "second": second, "bits": b} | _correlations(x, y))
+    return pd.DataFrame(records)
+
+
+def between_bits(rows: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
+    """Correlates the bit-widths in the same metric, over layers (Table 2).
+
+    Arguments:
+        rows: The table of the sweep.
+        metrics: Columns of it.
+
+    Returns:
+        Columns metric, bits, other_bits, and those of `between_metrics`.
+    """
+    records = []
+    for metric in metrics:
+        wide = rows.pivot(index="depth", columns="bits", values=metric)
+        for b, other in combinations(wide.columns, 2):
+            found = _correlations(wide[b].to_numpy(), wide[other].to_numpy())
+            records.append({"metric": metric, "bits": b, "other_bits": other} | found)
+    return pd.DataFrame(records)
+
+
+def _correlations(x: Array, y: Array) -> dict[str, float]:
+    low, high = interval(pearson, x, y)
+    rest = np.setdiff1d(np.arange(len(x)), extreme(x, y))
+    return {
+        "pearson": float(pearson(x, y)),
+        "low": low,
+        "high": high,
+        "spearman": float(_spearman(x, y)),
+        "pearson_without": float(pearson(x[rest], y[rest])),
+    }
+
+
+def extreme(x: Array, y: Array, count: int = 5) -> Array:
+    """Returns the places of the values farthest from the mean, in standard deviations of both."""
+    distance = sum(((v - v.mean()) / (v.std() or 1.0)) ** 2 for v in (x, y))
+    return np.argsort(-distance, kind="stable")[:count]
+
+
+def influence(rows: pd.DataFrame, first: str, second: str, bits: int) -> pd.DataFrame:
+    """Tells how much each layer pulls the correlation of two metrics.
+
+    Returns:
+        One row a layer, the strongest pull first, with columns layer, role, both metrics, and
+        pull: the correlation less what it is without the layer.
+    """
+    part = rows[rows.bits == bits]
+    x, y = part[first].to_numpy(), part[second].to_numpy()
+    others = ~np.eye(len(x), dtype=bool)
+    without = np.array([pearson(x[mask], y[mask]) for mask in others])
+    found = part[["layer", "role", first, second]].assign(pull=pearson(x, y) - without)
+    return found.sort_values("pull", key=np.abs, ascending=False, ignore_index=True)
+
+
+def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the pairs that the paper has, as it prints them, |Pearson|, next to its values.
+
+    Arguments:
+        table: What `between_metrics` or `between_bits` returns.
+
+    Returns:
+        The columns that name the pair, ours, low, high (of |Pearson|), paper, and paper_is:
+        "inside" or "outside" of our interval.
+    """
+    names = [n for n in ("first", "second", "metric", "bits", "other_bits") if n in table]
+    records = []
+    for row in table.to_dict("records"):
+        paper = PAPER.get(tuple(row[name] for name in names))
+        if paper is None:
+            continue
+        low, high = sorted((abs(row["low"]), abs(row["high"])))
+        low = 0.0 if row["low"] < 0 < row["high"] else low
+        records.append(
+            {name: row[name] for name in names}
+            | {"ours": abs(row["pearson"]), "low": low, "high": high, "paper": paper}
+            | {"paper_is": "inside" if low <= paper <= high else "outside"}
+        )
+    return pd.DataFrame(records)
