@@ -53,6 +53,25 @@ BY_NAME = {
     "perceptual": Tolerance(rtol=1e-2, atol=1e-4),
     # of bootstrap samples in which a role leads, which turns on near equals
     "share_of_resamples": Tolerance(rtol=0.0, atol=0.05),
+    # correlations over layers, and the ends of their intervals
+    "pearson": Tolerance(rtol=0.0, atol=0.01),
+    "pearson_without": Tolerance(rtol=0.0, atol=0.01),
+    "spearman": Tolerance(rtol=0.0, atol=0.01),
+    "pull": Tolerance(rtol=0.0, atol=0.01),
+    "icc": Tolerance(rtol=0.0, atol=0.01),
+    "ours": Tolerance(rtol=0.0, atol=0.01),
+    "observed": Tolerance(rtol=0.0, atol=0.01),
+    "corrected": Tolerance(rtol=0.0, atol=0.03),  # of a quotient of small numbers
+    "ceiling": Tolerance(rtol=0.0, atol=0.01),
+    "low": Tolerance(rtol=0.0, atol=0.03),
+    "high": Tolerance(rtol=0.0, atol=0.03),
+    # of candidates that were trained, whose steps add up what differs in the last bits
+    "mse_trained": Tolerance(rtol=5e-2, atol=1e-3),
+    "clip_drop_trained": Tolerance(rtol=0.0, atol=1e-3),
+    "noise_mse_before": Tolerance(rtol=1e-2, atol=1e-9),
+    "noise_mse_after": Tolerance(rtol=5e-2, atol=1e-9),
+    "taken": Tolerance(rtol=0.0, atol=0.02),
+    "error": Tolerance(rtol=1e-2, atol=1e-4),
     # of claims, which are computed from any of these
     "value": Tolerance(rtol=1e-2, atol=5e-4),
     "interval": Tolerance(rtol=1e-2, atol=5e-4),

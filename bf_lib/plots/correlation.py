@@ -86,8 +86,8 @@ def paper_intervals(metrics: pd.DataFrame, bits: pd.DataFrame) -> Figure:
     right = [f"{NAMES[r.metric]}, {r.bits} and {r.other_bits} bits" for r in bits.itertuples()]
     for axis, table, labels in zip(axes, (metrics, bits), (left, right), strict=True):
         place = np.arange(len(table))
-        bounds = [table.ours - table.low, table.high - table.ours]
-        axis.errorbar(table.ours, place, xerr=bounds, fmt="o", ms=4, lw=1.2, color=OURS)
+        axis.plot(table.ours, place, "o", ms=4, color=OURS)
+        axis.hlines(place, table.low, table.high, lw=1.2, color=OURS)
         axis.plot(table.paper, place, "D", ms=5, mfc="none", color=PAPERS)
         axis.set_yticks(place, labels, fontsize=7)
         axis.set_ylim(len(table) - 0.5, -0.5)
@@ -173,9 +173,8 @@ def reliability_bars(rows: pd.DataFrame) -> Figure:
     for n, (b, shade) in enumerate(zip(widths, ("#003f5c", "#0072B2", "#8ec4e8"), strict=False)):
         part = rows[rows.bits == b].set_index("metric").loc[metrics]
         place = np.arange(len(metrics)) + 0.26 * (n - (len(widths) - 1) / 2)
-        bounds = [part.icc - part.low, part.high - part.icc]
-        axis.bar(place, part.icc, 0.24, color=shade, label=f"{b} bit" + "s" * (b > 1))
-        axis.errorbar(place, part.icc, yerr=bounds, fmt="none", color="#222222", lw=1)
+        axis.bar(place, part.icc, 0.24, color=shade, label=f"{b} bit{'s' if b > 1 else ''}")
+        axis.vlines(place, part.low, part.high, color="#222222", lw=1)
     axis.set_xticks(range(len(metrics)), [METRICS[m].split(" (")[0] for m in metrics])
     axis.axhline(0, color="#444444", lw=0.5)
     axis.set(ylabel="reliability (ICC)", ylim=(min(-0.05, rows.low.min()), 1.05))

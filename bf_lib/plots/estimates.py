@@ -19,12 +19,11 @@ METHODS = {
 
 
 def fidelity(rows: pd.DataFrame, ceilings: pd.DataFrame, metric: str) -> Figure:
-    """How well estimates rank the layers, against what they cost, one pair of axes a bit-width.
+    """How well estimates rank the layers, against their cost, one pair of axes a bit-width.
 
     Arguments:
-        rows: One row an estimate, metric and bit-width: method, share (of the sweep's cost),
-            metric, bits, spearman, low, high.
-        ceilings: Columns metric, bits, ceiling: what the sweep's own reliability allows.
+        rows: The table of `fidelity.fidelity_table`.
+        ceilings: Columns metric, bits, ceiling (`fidelity.ceilings`).
         metric: "mse" or "clip_drop", which the estimates are compared with.
     """
     rows, ceilings = (t[t.metric == metric] for t in (rows, ceilings))
@@ -34,20 +33,12 @@ def fidelity(rows: pd.DataFrame, ceilings: pd.DataFrame, metric: str) -> Figure:
     )
     for axis, b in zip(axes[0], widths, strict=True):
         part = rows[rows.bits == b]
+        title = "all together" if b == "all" else _bits(int(b))
         for method, (colour, marker) in METHODS.items():
             line = part[part.method == method].sort_values("share")
-            bounds = [line.spearman - line.low, line.high - line.spearman]
-            axis.errorbar(
-                100 * line.share,
-                line.spearman,
-                yerr=bounds,
-                color=colour,
-                marker=marker,
-                ms=4,
-                lw=1,
-                elinewidth=0.7,
-                label=method,
-            )
+            cost = 100 * line.share
+            axis.plot(cost, line.spearman, color=colour, marker=marker, ms=4, lw=1, label=method)
+            axis.vlines(cost, line.low, line.high, color=colour, lw=0.7)
         axis.axhline(
             ceilings[ceilings.bits == b].ceiling.iloc[0],
             color="#444444",
@@ -55,7 +46,7 @@ def fidelity(rows: pd.DataFrame, ceilings: pd.DataFrame, metric: str) -> Figure:
             ls="--",
             label="root of the sweep's reliability",
         )
-        axis.set(xscale="log", title=_bits(b), xlabel="% of the sweep's cost")
+        axis.set(xscale="log", title=title, xlabel="% of the sweep's cost")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.grid()
     axes[0, 0].set_ylabel("Spearman with the sweep's\n" + METRICS[metric].split(" (")[0])
@@ -140,4 +131,4 @@ def training_gain(rows: pd.DataFrame) -> Figure:
 
 
 def _bits(b: int) -> str:
-    return f"{b} bit" + "s" * (b > 1)
+    return f"{b} bit{'s' if b > 1 else ''}"

@@ -24,6 +24,7 @@ from numpy import ndarray as Array
 from scipy.stats import bootstrap, rankdata
 
 RESAMPLES = 10_000
+FEWEST = 3  # layers; fewer always correlate perfectly
 METRICS = ("mse", "psnr", "perceptual", "clip_drop")
 
 # |Pearson| as the paper prints it for SD-v1.5: (first, second, bits) and (metric, bits, bits)
@@ -70,12 +71,16 @@ def interval(
 ) -> tuple[float, float]:
     """Returns the 95 % bootstrap interval of a statistic of paired samples (`scipy.stats`).
 
+    Both ends are NaN for fewer layers than three.
+
     Arguments:
         statistic: A function of the samples and of `axis`.
-        samples: Values of the same layers, each with shape (layers,).
+        samples: Values of the same layers, each with shape (*, layers).
         method: "BCa" or "percentile".
         seed: Of the resamples.
     """
+    if samples[0].shape[-1] < FEWEST:
+        return np.nan, np.nan
     low, high = bootstrap(
         samples,
         statistic,
@@ -135,6 +140,8 @@ def between_bits(rows: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.Dat
 
 
 def _correlations(x: Array, y: Array) -> dict[str, float]:
+    if len(x) < FEWEST:
+        return dict.fromkeys(("pearson", "low", "high", "spearman", "pearson_without"), np.nan)
     low, high = interval(pearson, x, y)
     rest = np.setdiff1d(np.arange(len(x)), extreme(x, y))
     return {
@@ -147,9 +154,12 @@ def _correlations(x: Array, y: Array) -> dict[str, float]:
 
 
 def extreme(x: Array, y: Array, count: int = 5) -> Array:
-    """Returns the places of the values farthest from the mean, in standard deviations of both."""
+    """Returns the places of the values farthest from the mean, in standard deviations of both.
+
+    No more than a third of them all.
+    """
     distance = sum(((v - v.mean()) / (v.std() or 1.0)) ** 2 for v in (x, y))
-    return np.argsort(-distance, kind="stable")[:count]
+    return np.argsort(-distance, kind="stable")[: min(count, len(x) // FEWEST)]
 
 
 def influence(rows: pd.DataFrame, first: str, second: str, bits: int) -> pd.DataFrame:
@@ -175,7 +185,7 @@ def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The columns that name the pair, ours, low, high (of |Pearson|), paper, and paper_is:
-        "inside" or "outside" of our interval.
+        "inside" or "outside" of our interval, or "unknown" where there is none.
     """
     names = [n for n in ("first", "second", "metric", "bits", "other_bits") if n in table]
     records = []
@@ -183,11 +193,22 @@ def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
         paper = PAPER.get(tuple(row[name] for name in names))
         if paper is None:
             continue
-        low, high = sorted((abs(row["low"]), abs(row["high"])))
-        low = 0.0 if row["low"] < 0 < row["high"] else low
+        low, high = _of_magnitude(row["low"], row["high"])
         records.append(
             {name: row[name] for name in names}
             | {"ours": abs(row["pearson"]), "low": low, "high": high, "paper": paper}
-            | {"paper_is": "inside" if low <= paper <= high else "outside"}
+            | {"paper_is": _place(paper, low, high)}
         )
     return pd.DataFrame(records)
+
+
+def _of_magnitude(low: float, high: float) -> tuple[float, float]:
+    """Returns the interval of |r|, given that of r."""
+    least = 0.0 if low < 0 < high else min(abs(low), abs(high))
+    return least, max(abs(low), abs(high))
+
+
+def _place(value: float, low: float, high: float) -> str:
+    if np.isnan(low) or np.isnan(high):
+        return "unknown"
+    return "inside" if low <= value <= high else "outside"

@@ -4,20 +4,30 @@ One multiplication with its addition is two FLOPs. They are counted by torch on 
 weights (the meta device), so that those of SD-v1.5 are known on any machine.
 """
 
-__all__ = ["Cost", "counted", "estimate_flops", "plan", "sd15_vae_config", "sweep_flops"]
+__all__ = [
+    "Cost",
+    "counted",
+    "estimate_flops",
+    "plan",
+    "sd15_vae_config",
+    "seconds_per_evaluation",
+    "sweep_flops",
+]
 
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bf_lib.layers import list_layers
-from bf_lib.sampling import Sampler
+from bf_lib.sampling import Sampler, latent_shape
 from bf_lib.sensitivity.single_step import PART
 from bf_lib.study import Study
 
@@ -142,6 +152,28 @@ def plan(
     table["evaluations"] = [f / cost.forward for f in flops.values()]
     table["hours"] = table.evaluations * seconds / gpus / 3600
     return table
+
+
+def seconds_per_evaluation(
+    pipe: StableDiffusionPipeline, text: Tensor, batch: int, rounds: int = 5
+) -> float:
+    """Times the UNet alone, in seconds of one latent.
+
+    Arguments:
+        pipe: The model.
+        text: The text of one sample, with shape (1, tokens, width).
+        batch: Samples at once, each of which has two latents with guidance.
+        rounds: How often, after one that is not counted; the median is returned.
+    """
+    x = torch.randn(2 * batch, *latent_shape(pipe)).to(text)
+    taken = []
+    for _ in range(rounds + 1):
+        since = time.perf_counter()
+        with torch.inference_mode():
+            noise = pipe.unet(x, 500, encoder_hidden_states=text.expand(len(x), -1, -1))[0]
+        float(noise.mean())  # waits for a GPU
+        taken.append((time.perf_counter() - since) / len(x))
+    return statistics.median(taken[1:])
 
 
 def sd15_vae_config() -> dict[str, object]:
