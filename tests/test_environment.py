@@ -147,6 +147,8 @@ def pins() -> dict[str, str]:
 def test_every_requirement_is_pinned_within_its_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = pins()
-    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    extras = project["optional-dependencies"]
+    assert set(extras["cluster"]) <= set(extras["dev"]), "the tests use a cluster"
+    for line in project["dependencies"] + extras["dev"]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), line

@@ -79,12 +79,17 @@ def interval(
         method: "BCa" or "percentile".
         seed: Of the resamples.
     """
-    if samples[0].shape[-1] < FEWEST:
+    layers = samples[0].shape[-1]
+    if layers < FEWEST:
         return np.nan, np.nan
+
+    # Places are resampled, not values, so that samples may have dimensions before the layers.
+    def of_places(places: Array, axis: int = -1) -> Array:
+        return statistic(*(sample[..., places] for sample in samples), axis=axis)
+
     low, high = bootstrap(
-        samples,
-        statistic,
-        paired=True,
+        (np.arange(layers),),
+        of_places,
         vectorized=True,
         n_resamples=RESAMPLES,
         batch=500,  # resamples at once: bounds the memory
