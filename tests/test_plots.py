@@ -11,6 +11,7 @@ from bf_lib.layers import list_layers
 from bf_lib.models import meta_unet, sd15_unet_config
 from bf_lib.paths import ROOT
 from bf_lib.protocol import study_layers
+from bf_lib.sensitivity import correlation
 from bf_lib.study import Study
 
 
@@ -225,3 +226,128 @@ def test_rows_of_images_hold_all_images():
     figure = pictures.image_rows(rows, below=["one", "two", "three"])
     figure.canvas.draw()
     assert sum(len(axis.images) for axis in figure.axes) == 5
+
+
+# ---- correlations
+
+
+@pytest.fixture(scope="module")
+def tables(rows):
+    return correlation.between_metrics(rows), correlation.between_bits(rows)
+
+
+def test_heatmaps_show_pearson_below_and_spearman_above(tables):
+    metrics, bits = tables
+    figure = plots.correlation_heatmaps(metrics, bits)
+    axes = figure.axes
+    assert [axis.get_title(loc="left") for axis in axes[:3]] == ["1 bit", "2 bits", "3 bits"]
+    assert len(axes) == 3 + 4
+    image = axes[1].images[0].get_array()
+    row = metrics.set_index(["first", "second", "bits"]).loc["mse", "psnr", 2]
+    assert image[1, 0] == pytest.approx(abs(row.pearson))
+    assert image[0, 1] == pytest.approx(abs(row.spearman))
+    # of bit-widths: CLIP drop comes last, 3 bits against 1
+    image = axes[-1].images[0].get_array()
+    row = bits[(bits.metric == "clip_drop") & (bits.bits == 1) & (bits.other_bits == 3)].iloc[0]
+    assert image[2, 0] == pytest.approx(abs(row.pearson))
+
+
+def test_the_paper_stands_beside_our_intervals(tables):
+    beside = [correlation.beside_paper(table) for table in tables]
+    figure = plots.paper_intervals(*beside)
+    for axis, table in zip(figure.axes, beside, strict=True):
+        ours, papers = axis.lines[:2]
+        np.testing.assert_allclose(ours.get_xdata(), table.ours)
+        np.testing.assert_allclose(papers.get_xdata(), table.paper)
+        ends = np.array([segment[:, 0] for segment in axis.collections[0].get_segments()])
+        np.testing.assert_allclose(ends, table[["low", "high"]])
+        assert len(axis.get_yticklabels()) == len(table)
+
+
+def test_the_scatter_matrix_shows_each_pair_once(rows):
+    figure = plots.scatter_matrix(rows, 2)
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(shown) == 6
+    part = rows[rows.bits == 2]
+    np.testing.assert_allclose(
+        shown[0].collections[0].get_offsets(), part[["mse", "psnr"]].to_numpy()
+    )
+
+
+def test_layers_that_pull_are_named(rows):
+    pulls = correlation.influence(rows, "mse", "clip_drop", 1)
+    axis = plots.pull_scatter(pulls, "mse", "clip_drop", named=2).axes[0]
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == [
+        f"{plots.short(row.layer)}: {row.pull:+.2f}" for row in pulls.head(2).itertuples()
+    ]
+    sizes = axis.collections[0].get_sizes()
+    assert sizes[0] == sizes.max()
+
+
+def test_bars_of_reliability_have_their_intervals():
+    table = pd.DataFrame(
+        [
+            {"metric": m, "bits": b, "icc": 0.5 + 0.1 * b, "low": 0.2, "high": 0.9}
+            for m in plots.METRICS
+            for b in (1, 2)
+        ]
+    )
+    axis = plots.reliability_bars(table).axes[0]
+    assert heights(axis) == pytest.approx([0.6] * 4 + [0.7] * 4)
+    assert len(axis.collections[0].get_segments()) == 4
+
+
+# ---- estimates and trained candidates
+
+
+def test_fidelity_is_shown_by_method_with_its_ceiling():
+    table = pd.DataFrame(
+        [
+            {"method": m, "share": s, "metric": metric, "bits": b}
+            | {"spearman": 0.9 - s, "low": 0.8 - s, "high": 0.95 - s}
+            for m in ("image gradient", "single step")
+            for s in (0.001, 0.01)
+            for metric in ("mse", "clip_drop")
+            for b in ("1", "2", "all")
+        ]
+    )
+    ceilings = pd.DataFrame(
+        [
+            {"metric": metric, "bits": b, "ceiling": 0.99}
+            for metric in ("mse", "clip_drop")
+            for b in ("1", "2", "all")
+        ]
+    )
+    figure = plots.fidelity(table, ceilings, "mse")
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "1 bit",
+        "2 bits",
+        "all together",
+    ]
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    np.testing.assert_allclose(lines["image gradient"].get_xdata(), [0.1, 1.0])
+    np.testing.assert_allclose(lines["image gradient"].get_ydata(), [0.899, 0.89])
+    assert lines["root of the sweep's reliability"].get_ydata()[0] == 0.99
+
+
+@pytest.mark.parametrize(
+    ("draw", "x", "y"),
+    [("estimate_scatter", "error", "mse"), ("training_scatter", "mse", "mse_trained")],
+)
+def test_what_is_compared_lies_about_a_line(rows, draw, x, y):
+    table = rows.assign(**{x: rows.mse, y: 2 * rows.mse})
+    axes = getattr(plots, draw)(table).axes
+    part = table[table.bits == 2]
+    np.testing.assert_allclose(axes[1].collections[0].get_offsets(), part[[x, y]])
+    line = axes[1].lines[0]
+    np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
+
+
+def test_what_training_takes_is_shown_by_role(rows):
+    table = rows.assign(taken=np.linspace(-0.5, 1, len(rows)))
+    axis = plots.training_gain(table).axes[0]
+    found = np.concatenate([dots.get_offsets()[:, 0] for dots in axis.collections])
+    np.testing.assert_allclose(np.sort(found), 100 * np.sort(table.taken))
+    medians = table.groupby("role").taken.median().sort_values(ascending=False)
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(medians.index)

@@ -12,8 +12,9 @@ def names(module):
 
 
 def test_imports_are_followed_through_files_and_packages():
-    sweep = names(ROOT / "bf_lib" / "sensitivity.py")
-    assert {"sensitivity.py", "grids.py", "scale_search.py", "sampling.py", "judges.py"} <= sweep
+    sweep = names(ROOT / "bf_lib" / "sensitivity" / "sweep.py")
+    assert {"sensitivity/sweep.py", "sensitivity/candidates.py"} <= sweep
+    assert {"grids.py", "scale_search.py", "sampling.py", "judges.py"} <= sweep
     plots = names(ROOT / "bf_lib" / "figures.py") | names(
         ROOT / "bf_lib" / "plots" / "__init__.py"
     )
@@ -21,8 +22,10 @@ def test_imports_are_followed_through_files_and_packages():
 
 
 def test_a_sweep_does_not_depend_on_how_its_model_was_trained_or_is_drawn():
-    sweep = names(ROOT / "bf_lib" / "sensitivity.py")
+    """Nor on who shares it, and on what a study asks for beside it."""
+    sweep = names(ROOT / "bf_lib" / "sensitivity" / "sweep.py")
     assert not sweep & {"training.py", "train_mini.py", "train_judges.py", "plots/__init__.py"}
+    assert not sweep & {"jobs.py", "cluster.py", "study.py", "protocol.py"}
 
 
 def test_every_form_of_import_is_seen(tmp_path, monkeypatch):

@@ -17,7 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bf_lib.pictures import WIDTH
-from bf_lib.plots.families import FAMILIES, family_legend, family_of, short
+from bf_lib.plots.families import (
+    FAMILIES,
+    bits_in_words,
+    family_legend,
+    family_of,
+    short,
+)
 from bf_lib.plots.sensitivity import LOGARITHMIC, METRICS
 
 NAMES = {"mse": "MSE", "psnr": "PSNR", "perceptual": "percept.", "clip_drop": "CLIP drop"}
@@ -33,7 +39,7 @@ def correlation_heatmaps(metrics: pd.DataFrame, bits: pd.DataFrame) -> Figure:
         metrics: The table of `correlation.between_metrics`.
         bits: The table of `correlation.between_bits`.
     """
-    of_bits = [(f"{b} bit", metrics[metrics.bits == b]) for b in metrics.bits.unique()]
+    of_bits = [(bits_in_words(b), metrics[metrics.bits == b]) for b in metrics.bits.unique()]
     of_metrics = [(NAMES[m], bits[bits.metric == m]) for m in bits.metric.unique()]
     figure = plt.figure(figsize=(WIDTH, 4.6))
     above, below = figure.subfigures(2, 1, height_ratios=(1.35, 1))
@@ -46,6 +52,7 @@ def correlation_heatmaps(metrics: pd.DataFrame, bits: pd.DataFrame) -> Figure:
     ):
         widths = sorted({*part.bits, *part.other_bits})
         _matrix(axis, part, "bits", "other_bits", widths, title)
+        axis.set_xlabel("bits", fontsize=7)
     return figure
 
 
@@ -70,6 +77,7 @@ def _matrix(
     )
     axis.set_yticks(range(len(labels)), shown)
     axis.tick_params(length=0, labelsize=7)
+    axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=9)
 
@@ -82,7 +90,7 @@ def paper_intervals(metrics: pd.DataFrame, bits: pd.DataFrame) -> Figure:
         bits: The same of those between bit-widths.
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharex=True)
-    left = [f"MSE and {NAMES[r.second]}, {r.bits} bit" for r in metrics.itertuples()]
+    left = [f"MSE and {NAMES[r.second]}, {bits_in_words(r.bits)}" for r in metrics.itertuples()]
     right = [f"{NAMES[r.metric]}, {r.bits} and {r.other_bits} bits" for r in bits.itertuples()]
     for axis, table, labels in zip(axes, (metrics, bits), (left, right), strict=True):
         place = np.arange(len(table))
@@ -132,7 +140,7 @@ def scatter_matrix(rows: pd.DataFrame, bits: int) -> Figure:
     return figure
 
 
-def pull_scatter(pulls: pd.DataFrame, first: str, second: str, named: int = 4) -> Figure:
+def pull_scatter(pulls: pd.DataFrame, first: str, second: str, named: int = 3) -> Figure:
     """Two metrics of the layers, the size of a dot being its pull on their correlation.
 
     Arguments:
@@ -146,12 +154,12 @@ def pull_scatter(pulls: pd.DataFrame, first: str, second: str, named: int = 4) -
     colours = pulls.role.map(family_of).map(FAMILIES)
     axis.scatter(pulls[first], pulls[second], s=size, c=colours, lw=0, alpha=0.7)
     middle = (pulls[first].min() + pulls[first].max()) / 2
-    for row in pulls.head(named).to_dict("records"):
+    for n, row in enumerate(pulls.head(named).to_dict("records")):
         right = row[first] > middle
         axis.annotate(
             f"{short(row['layer'])}: {row['pull']:+.2f}",
             (row[first], row[second]),
-            xytext=(-8 if right else 8, 0),
+            xytext=(-9 if right else 9, 7 * (n % 2)),
             textcoords="offset points",
             ha="right" if right else "left",
             va="center",
@@ -173,7 +181,7 @@ def reliability_bars(rows: pd.DataFrame) -> Figure:
     for n, (b, shade) in enumerate(zip(widths, ("#003f5c", "#0072B2", "#8ec4e8"), strict=False)):
         part = rows[rows.bits == b].set_index("metric").loc[metrics]
         place = np.arange(len(metrics)) + 0.26 * (n - (len(widths) - 1) / 2)
-        axis.bar(place, part.icc, 0.24, color=shade, label=f"{b} bit{'s' if b > 1 else ''}")
+        axis.bar(place, part.icc, 0.24, color=shade, label=bits_in_words(b))
         axis.vlines(place, part.low, part.high, color="#222222", lw=1)
     axis.set_xticks(range(len(metrics)), [METRICS[m].split(" (")[0] for m in metrics])
     axis.axhline(0, color="#444444", lw=0.5)

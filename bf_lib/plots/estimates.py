@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bf_lib.pictures import WIDTH
-from bf_lib.plots.families import FAMILIES, family_legend, family_of
+from bf_lib.plots.families import FAMILIES, bits_in_words, family_legend, family_of
 from bf_lib.plots.sensitivity import METRICS
 
 # method -> its colour and marker
@@ -33,7 +33,7 @@ def fidelity(rows: pd.DataFrame, ceilings: pd.DataFrame, metric: str) -> Figure:
     )
     for axis, b in zip(axes[0], widths, strict=True):
         part = rows[rows.bits == b]
-        title = "all together" if b == "all" else _bits(int(b))
+        title = "all together" if b == "all" else bits_in_words(int(b))
         for method, (colour, marker) in METHODS.items():
             line = part[part.method == method].sort_values("share")
             cost = 100 * line.share
@@ -73,7 +73,7 @@ def estimate_scatter(rows: pd.DataFrame) -> Figure:
         axis.scatter(part.error, part.mse.clip(lower=least), s=7, c=colours, lw=0)
         ends = [least, rows.mse.max()]
         axis.plot(ends, ends, color="#888888", lw=0.8, zorder=0)
-        axis.set(xscale="log", yscale="log", title=_bits(b), xlabel="estimated MSE")
+        axis.set(xscale="log", yscale="log", title=bits_in_words(b), xlabel="estimated MSE")
     axes[0, 0].set_ylabel("MSE of the sweep")
     present = [f for f in FAMILIES if f in set(families)]
     family_legend(figure, present, loc="outside upper center", ncols=4)
@@ -99,7 +99,7 @@ def training_scatter(rows: pd.DataFrame) -> Figure:
         x, y = (part[c].clip(lower=ends[0]) for c in ("mse", "mse_trained"))
         axis.scatter(x, y, s=14, c=colours, lw=0)
         axis.plot(ends, ends, color="#888888", lw=0.8, zorder=0)
-        axis.set(xscale="log", yscale="log", title=_bits(b), xlabel="MSE, untrained")
+        axis.set(xscale="log", yscale="log", title=bits_in_words(b), xlabel="MSE, untrained")
     axes[0, 0].set_ylabel("MSE, trained")
     present = [f for f in FAMILIES if f in set(families)]
     family_legend(figure, present, loc="outside upper center", ncols=4)
@@ -119,7 +119,7 @@ def training_gain(rows: pd.DataFrame) -> Figure:
         place = part.role.map({role: i for i, role in enumerate(order)}) + 0.18 * (b - 2)
         colours = part.role.map(family_of).map(FAMILIES)
         axis.scatter(100 * part.taken, place, s=14, c=colours, marker=marker, lw=0)
-        axis.plot([], [], marker, color="#666666", ms=4, label=_bits(b))
+        axis.plot([], [], marker, color="#666666", ms=4, label=bits_in_words(b))
     axis.axvline(0, color="#444444", lw=0.5)
     axis.set_yticks(range(len(order)), order, fontsize=7)
     axis.set_ylim(len(order) - 0.5, -0.5)
@@ -128,7 +128,3 @@ def training_gain(rows: pd.DataFrame) -> Figure:
     axis.set_xlabel("% of the noise error that training takes away")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
-
-
-def _bits(b: int) -> str:
-    return f"{b} bit{'s' if b > 1 else ''}"

@@ -1,6 +1,6 @@
 """The families of layers: their colours and names are the same in every figure."""
 
-__all__ = ["FAMILIES", "family_legend", "family_of", "mark_blocks", "short"]
+__all__ = ["FAMILIES", "bits_in_words", "family_legend", "family_of", "mark_blocks", "short"]
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -43,6 +43,11 @@ def short(layer: str) -> str:
     """Shortens a layer's name as the paper does: "down.1.attn.0.attn2.to_k"."""
     words = layer.replace(".transformer_blocks.0", "").replace("_blocks", "").replace("_block", "")
     return words.replace("attentions", "attn").replace("resnets", "res")
+
+
+def bits_in_words(bits: int) -> str:
+    """Returns a bit-width as a title has it: "1 bit", "2 bits"."""
+    return f"{bits} bit" if bits == 1 else f"{bits} bits"
 
 
 def family_legend(figure: Figure, families: list[str], **options: object) -> None:
