@@ -3,9 +3,11 @@
 from importlib import import_module
 
 _HOMES = {
+    "estimate": "bf_lib.sensitivity",
     "list_layers": "bf_lib.layers",
     "load_pipeline": "bf_lib.models",
     "published_recipe": "bf_lib.layers",
+    "run_job": "bf_lib.jobs",
 }
 __all__ = list(_HOMES)
 

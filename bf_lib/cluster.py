@@ -2,8 +2,9 @@
 
 That is a `LocalCluster`, `dask scheduler` by hand, SLURM through dask-jobqueue, or Kubernetes
 through dask-kubernetes. Nothing is shared but the scheduler: the workers load the model by its
-name or folder, and say so when it, the code or the libraries differ from the client's. The
-scheduler gives the tasks of a worker that is lost to the others.
+name or folder, and say so when it, the code, the libraries or the kind of device differ from the
+client's. A worker takes the first GPU that it sees: give each its own (`CUDA_VISIBLE_DEVICES`, or
+dask-cuda). The scheduler gives the tasks of a worker that is lost to the others.
 """
 
 __all__ = ["Cluster", "OtherRows"]
@@ -14,10 +15,11 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from uuid import uuid4
 
 import torch
 
-from bf_lib.jobs import Bench, Job, Submit, Task, header, scored
+from bf_lib.jobs import Bench, Job, Submit, Task, device_kind, header, scored
 from bf_lib.processes import make_deterministic
 
 try:
@@ -36,11 +38,13 @@ class Cluster:
     def __init__(self, address: str) -> None:
         self.address = address
 
-    def device_kinds(self) -> set[str]:
-        """Returns the kinds of devices of the workers that are there; waits for the first."""
+    def device_kind(self) -> str:
+        """Returns the kind of device of a worker, whichever is there first.
+
+        It is asked for by a task, because some clusters start their workers when there are tasks.
+        """
         with distributed.Client(self.address, set_as_default=False) as client:
-            client.wait_for_workers(1)
-            return set(client.run(_device).values())
+            return client.submit(_kind, key=("kind of device", uuid4().hex)).result()
 
     @contextmanager
     def sharing(self, job: Job, head: dict) -> Iterator[Submit]:
@@ -64,15 +68,19 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _kind() -> str:
+    return device_kind(_device())
+
+
 def _score(job: Job, head: dict, task: Task) -> dict:
     """Returns the row of a task; the first one of a job loads its model."""
     global _open
     with _lock:
+        make_deterministic(job.threads)  # each time: the number of threads is the thread's own
         if _open is None or _open[0] != head:
             _open = None  # frees the model of another job
-            make_deterministic(job.threads)
             pipe = job.load(_device())
-            _compare(header(job, pipe, {_device()}), head)
+            _compare(header(job, pipe, {_kind()}), head)
             _open = head, job.bench(pipe)
         return scored(_open[1], task)
 

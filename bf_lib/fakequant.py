@@ -39,7 +39,7 @@ class FakeQuantized(nn.Module):
         scale = self.scale
         inside = (weight / scale).clamp(-self.bound, self.bound)
         codes = inside + (inside.round() - inside).detach()
-        return codes * scale
+        return (codes * scale).to(weight.dtype)
 
 
 def attach_fake_quantizer_(unet: nn.Module, name: str, levels: int) -> FakeQuantized:

@@ -96,12 +96,12 @@ def run_job(
     """
     if cluster is None:
         devices = devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-        with_workers, kinds = None, {device.partition(":")[0] for device in devices}
+        with_workers, kinds = None, {device_kind(device) for device in devices}
     else:
         from bf_lib.cluster import Cluster  # an optional extra
 
         with_workers = Cluster(cluster)
-        kinds = with_workers.device_kinds()
+        kinds = {with_workers.device_kind()}
     pipe = job.load("cpu")
     tasks = job.tasks(pipe.unet)
     head = header(job, pipe, kinds)
@@ -125,13 +125,13 @@ def _share(
 ) -> Iterator[dict]:
     """Yields rows as they are finished; each goes to file, asked for or not."""
     failed: list[str] = []
-    unwritten: list[OSError] = []
+    unwritten: list[Exception] = []
 
     def keep(future: Future) -> None:
         if not future.cancelled() and future.exception() is None:
             try:
                 append_line(path, json.dumps(future.result()))
-            except OSError as error:  # raised here, it would only be logged
+            except Exception as error:  # raised here, it would only be logged
                 unwritten.append(error)
 
     with sharing as submit:
@@ -166,7 +166,7 @@ def scored(bench: Bench, task: Task) -> dict:
 # ---- processes of this machine
 
 
-_bench: Bench | None = None  # of this process
+_bench: Bench | Exception | None = None  # of this process, or why it has none
 
 
 def _start(job: Job, devices: Queue) -> None:
@@ -174,10 +174,15 @@ def _start(job: Job, devices: Queue) -> None:
     global _bench
     end_with_parent()
     make_deterministic(job.threads)
-    _bench = job.bench(job.load(devices.get()))
+    try:
+        _bench = job.bench(job.load(devices.get()))
+    except Exception as error:  # raised here, all that is seen is a broken pool
+        _bench = error
 
 
 def _score(task: Task) -> dict:
+    if isinstance(_bench, Exception):
+        raise _bench
     return scored(_bench, task)
 
 
@@ -196,6 +201,13 @@ def _processes(job: Job, devices: Sequence[str]) -> Iterator[Submit]:
 
 
 # ---- rows on file
+
+
+def device_kind(device: str) -> str:
+    """Returns what decides, beside the code, how a device rounds its sums."""
+    if device.startswith("cuda"):
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device}: {torch.backends.cpu.get_cpu_capability()}"
 
 
 def header(job: Job, pipe: StableDiffusionPipeline, kinds: set[str]) -> dict:

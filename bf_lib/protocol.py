@@ -25,8 +25,6 @@ from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.sensitivity.trained import TrainedSweep, Training
 from bf_lib.study import Study
 
-PORTION = 4  # prompts of an estimate at once: their activations are kept for the way back
-
 
 def study_prompts(study: Study, seed: int) -> list[str]:
     """Returns the prompts that a study compares images by.
@@ -110,10 +108,13 @@ def with_training(study: Study, sweep: Sweep, layers: Sequence[Layer], seed: int
     return TrainedSweep(**given | {"layers": chosen}, training=training)
 
 
-def study_estimate(sweep: Sweep, prompts: int, method: str, projections: int) -> Estimate:
+def study_estimate(
+    study: Study, sweep: Sweep, prompts: int, method: str, projections: int
+) -> Estimate:
     """Returns the estimate by the first prompts of a sweep, of all that it sweeps.
 
     Arguments:
+        study: The study, which says how many prompts at once.
         sweep: Its prompts and seeds should be others than those of the sweep it is compared with.
         prompts: How many of its prompts.
         method: One of `sensitivity.METHODS`.
@@ -123,7 +124,7 @@ def study_estimate(sweep: Sweep, prompts: int, method: str, projections: int) ->
     return Estimate(
         prompts=sweep.prompts[:prompts],
         seeds=sweep.seeds[:prompts],
-        sampler=replace(sweep.sampler, batch=min(PORTION, sweep.sampler.batch)),
+        sampler=replace(sweep.sampler, batch=study.estimate_batch),
         method=method,
         projections=projections,
         **{name: getattr(sweep, name) for name in shared},

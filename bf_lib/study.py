@@ -12,7 +12,7 @@ from typing import Self
 DTYPES = ("float32", "bfloat16", "float16")
 COUNTS = (
     *("prompts", "steps", "batch", "threads"),
-    *("repeats", "repeat_layers", "trained_layers", "trained_steps"),
+    *("repeats", "repeat_layers", "trained_layers", "trained_steps", "estimate_batch"),
 )
 
 
@@ -36,6 +36,7 @@ class Study:
     trained_layers: int = 24  # how many layers are also fine-tuned before they are scored
     trained_steps: int = 48  # of that training
     trained_lr: float = 1e-3  # of the layer alone; the paper gives none
+    estimate_batch: int = 4  # prompts of an estimate at once: their activations are kept
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -101,5 +102,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "steps": 50,  # the paper's default sampler; App. B does not say
         "guidance": 7.5,  # as in Table 3; App. B does not say
         "batch": 4,
+        "trained_lr": 1e-5,  # the paper's, for its two stages
+        "estimate_batch": 1,
     },
 }

@@ -14,9 +14,11 @@ from distributed import LocalCluster
 from test_sensitivity import SWEEP, by_candidate
 
 from bf_lib import cluster as clusters
+from bf_lib import jobs
 from bf_lib.cluster import OtherRows
-from bf_lib.jobs import run_job
-from bf_lib.sensitivity import Sweep
+from bf_lib.jobs import header, run_job
+from bf_lib.sampling import Sampler
+from bf_lib.sensitivity import Candidate, Estimate, Sweep
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,20 @@ def test_a_worker_may_be_killed_in_the_middle(cluster, tmp_path):
 
 def test_a_worker_with_other_code_is_refused(cluster, tmp_path, monkeypatch):
     """As if the client had another version of a library than the workers have."""
-    from bf_lib import jobs
-
     known = jobs.versions()
     monkeypatch.setattr(jobs, "versions", lambda: known | {"torch": "0.1"})
     small = replace(SWEEP, layers=SWEEP.layers[:1], bits=(1,))
     with pytest.raises(OtherRows, match="differs from the client in versions: torch .* instead"):
         list(run_job(small, tmp_path, cluster=cluster.scheduler_address))
+
+
+def test_an_estimate_runs_on_a_cluster(cluster, tmp_path):
+    sampler = Sampler(steps=1, guidance=2.0, batch=1)
+    job = Estimate("mini", SWEEP.prompts, SWEEP.seeds, sampler, layers=SWEEP.layers)
+    serial = list(run_job(job, tmp_path / "serial"))
+    shared = list(run_job(job, tmp_path / "shared", cluster=cluster.scheduler_address))
+    wanted, found = ({row["start"]: row["errors"] for row in rows} for rows in (serial, shared))
+    assert found == wanted and len(found) == 2
 
 
 def test_another_job_replaces_the_model_of_a_worker(monkeypatch, tmp_path):
@@ -93,12 +102,9 @@ def test_another_job_replaces_the_model_of_a_worker(monkeypatch, tmp_path):
 
     original = Sweep.load
     monkeypatch.setattr(Sweep, "load", load)
-    from bf_lib.jobs import header
-    from bf_lib.sensitivity import Candidate
-
     small = replace(SWEEP, layers=SWEEP.layers[:1], bits=(1,))
     other = replace(small, bits=(2,))
-    heads = [header(job, original(job, "cpu"), {clusters._device()}) for job in (small, other)]
+    heads = [header(job, original(job, "cpu"), {clusters._kind()}) for job in (small, other)]
     task = Candidate(SWEEP.layers[0], 1)
     first = clusters._score(small, heads[0], task)
     assert clusters._score(small, heads[0], task) == first

@@ -51,6 +51,15 @@ def test_ranks_are_those_of_scipy_ties_and_all():
     assert found["low"] < found["spearman"] < found["high"]
 
 
+def test_bit_widths_of_a_layer_are_resampled_as_one():
+    """Three copies of the same layers are no more layers."""
+    x, y = correlated(np.random.default_rng(5), 60, 0.6)
+    one = rank_agreement(x, y)
+    three = rank_agreement(np.stack([x] * 3), np.stack([y] * 3))
+    assert three["spearman"] == pytest.approx(one["spearman"])
+    assert three["high"] - three["low"] == pytest.approx(one["high"] - one["low"], rel=0.05)
+
+
 def test_intervals_are_about_those_of_fisher():
     x, y = correlated(np.random.default_rng(2), 200, 0.6)
     low, high = interval(pearson, x, y)

@@ -93,4 +93,4 @@ def test_the_costs_of_sd15():
 
 def test_an_evaluation_is_timed(pipe):
     text = torch.randn(1, TOKENS, 16)
-    assert 0 < seconds_per_evaluation(pipe, text, batch=1, rounds=1) < 10
+    assert 0 < seconds_per_evaluation(pipe, text, rows=2, rounds=1) < 10

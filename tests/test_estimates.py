@@ -8,6 +8,7 @@ import torch
 from toys import toy_pipeline, toy_unet
 
 from bf_lib.grids import levels_of_bits
+from bf_lib.jobs import run_job
 from bf_lib.layers import list_layers
 from bf_lib.sampling import PromptEmbeds, Sampler, encode_prompts
 from bf_lib.sensitivity import Estimate, estimate
@@ -44,9 +45,23 @@ def test_rows_may_come_in_any_order(pipe):
     rows = [bench.score(task) for task in tasks]
     table = combined(rows[::-1], bench.layers, JOB.bits)
     assert table.equals(combined(rows, bench.layers, JOB.bits))
-    # the square of the mean root over prompts
     errors = np.concatenate([np.array(row["errors"]) for row in rows], axis=-1)
-    assert table.error[0] == pytest.approx(np.sqrt(errors[0, 0]).mean() ** 2)
+    assert table.error[0] == pytest.approx(errors[0, 0].mean())
+    # the square of the mean root over prompts
+    assert table.score[0] == pytest.approx(np.sqrt(errors[0, 0]).mean() ** 2)
+
+
+def test_processes_share_an_estimate(pipe, tmp_path):
+    layers = tuple(layer.name for layer in list_layers(pipe.unet)[:3])
+    sampler = Sampler(steps=1, guidance=2.0, batch=1)
+    job = Estimate("mini", PROMPTS, (0, 1, 2), sampler, layers=layers)
+    alone = list(run_job(job, tmp_path / "one"))
+    shared = list(run_job(job, tmp_path / "two", workers=2))
+    first, second = (
+        {row["start"]: (row["count"], row["errors"]) for row in rows} for rows in (alone, shared)
+    )
+    assert first == second and len(first) == 3
+    assert list(run_job(job, tmp_path / "two")) == shared  # from the file
 
 
 def test_more_bits_mean_less_error(pipe):

@@ -5,11 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from toys import toy_pipeline
 
 from bf_lib.layers import get_layer, list_layers
-from bf_lib.sampling import PromptEmbeds, Sampler, denoise, encode_prompts
+from bf_lib.sampling import PromptEmbeds, Sampler, denoise, encode_prompts, generators_of
 from bf_lib.sensitivity import gradients
 from bf_lib.sensitivity.gradients import (
     image_projections,
@@ -17,6 +22,7 @@ from bf_lib.sensitivity.gradients import (
     recorded,
     weight_deltas,
 )
+from bf_lib.sensitivity.seeds import derived_seeds
 
 SAMPLER = Sampler(steps=3, guidance=2.5, batch=2)
 SEEDS = (4, 7)
@@ -34,9 +40,18 @@ def pipe():
     pipe = toy_pipeline()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.double()
-    # DPM-Solver++ computes in single precision, too coarse for finite differences.
+    # DPM-Solver++ computes in single precision, too coarse for small differences.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     return pipe
+
+
+@pytest.fixture
+def scheduled(pipe, request):
+    """The pipeline with another scheduler."""
+    kept = pipe.scheduler
+    pipe.scheduler = request.param.from_config(kept.config, skip_prk_steps=True)  # as SD-v1.5
+    yield pipe
+    pipe.scheduler = kept
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +98,32 @@ def test_projections_of_images_are_those_of_finite_differences(pipe, embeds, del
             change = slope(pipe, name, delta, lambda: pixels(pipe, embeds, sampler))
             wanted = (directions * change).flatten(2).sum(dim=2)
             np.testing.assert_allclose(found[n, b], wanted, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "scheduled",
+    [DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler],
+    indirect=True,
+    ids=lambda kind: kind.__name__,
+)
+def test_they_are_so_with_every_scheduler(scheduled, embeds, deltas):
+    """In their single precision; with state, scaled inputs, and a time-step that comes twice."""
+    found = image_projections(scheduled, deltas, embeds, SEEDS, SAMPLER, projections=1)
+    directions = gradients._directions(scheduled, SEEDS, 1).double()
+    for n, (name, of_layer) in enumerate(deltas.items()):
+        change = slope(
+            scheduled, name, of_layer[1], lambda: pixels(scheduled, embeds, SAMPLER), step=2e-2
+        )
+        wanted = (directions * change).flatten(2).sum(dim=2)
+        np.testing.assert_allclose(found[n, 1], wanted, rtol=0.03, atol=3e-3, err_msg=name)
+
+
+def test_projections_are_not_drawn_from_the_noise():
+    noise, projected = generators_of([5])[0], gradients._generators([5])[0]
+    assert not torch.equal(torch.randn(8, generator=noise), torch.randn(8, generator=projected))
+    seeds = derived_seeds("one", range(1000))
+    assert len({*seeds, *derived_seeds("other", range(1000)), *range(1000)}) == 3000
+    assert all(0 <= seed < 2**32 for seed in seeds)
 
 
 def test_the_mean_square_is_the_squared_error_of_bytes(pipe, embeds, deltas):

@@ -53,6 +53,18 @@ def test_a_correlation_is_freed_of_its_noise():
     assert float(disattenuated(first, second)) == pytest.approx(0.8, abs=0.04)
 
 
+def test_noise_alone_has_an_interval_without_end():
+    rng = np.random.default_rng(6)
+    parts = [
+        pd.DataFrame({"layer": range(12), "bits": 1}).assign(
+            mse=np.arange(12.0) + rng.normal(size=12), clip_drop=rng.normal(size=12)
+        )
+        for _ in range(3)
+    ]
+    (row,) = corrected_table(parts, "mse", "clip_drop").itertuples()
+    assert (row.low, row.high) == (-np.inf, np.inf)
+
+
 def test_noise_alone_has_no_corrected_correlation():
     alternating = np.array([[1.0, -1, 1, -1], [-1, 1, -1, 1]])
     assert np.isnan(disattenuated(alternating, alternating))

@@ -1,4 +1,4 @@
-"""The sweep: candidates, restoring, rows that survive a kill and do not mix."""
+"""The sweep and the jobs that share it: restoring, rows that survive a kill and do not mix."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from toys import toy_unet
 
 from bf_lib import jobs
-from bf_lib.atomic import append_line
+from bf_lib.atomic import DiskFull, append_line
 from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.jobs import TaskFailed, run_job
 from bf_lib.layers import get_layer, list_layers
@@ -315,6 +315,15 @@ def test_a_candidate_that_fails_is_named_after_all_others_are_done(tmp_path):
         for row in run_job(spoilt, tmp_path):
             done.append((row["layer"], row["bits"]))
     assert sorted(done, key=str) == [(None, None), (LAYERS[1], 1)][::-1]
+
+
+def test_a_full_disk_ends_the_job(tmp_path, monkeypatch):
+    def refuse(path, line):
+        raise DiskFull(28, "no space left")
+
+    monkeypatch.setattr(jobs, "append_line", refuse)
+    with pytest.raises(DiskFull):
+        list(run_job(REFERENCE, tmp_path))
 
 
 def test_prompts_and_seeds_must_pair_up():

@@ -17,6 +17,7 @@ def test_presets_are_the_sizes_of_the_design():
     assert (smoke.prompts, smoke.steps, smoke.layers) == (2, 2, 6)
     assert (mini.prompts, mini.layers, mini.workers) == (32, None, 2)
     assert (paper.prompts, paper.steps, paper.guidance) == (100, 50, 7.5)
+    assert (mini.repeats, mini.repeat_layers, mini.trained_layers) == (3, 30, 24)
 
 
 def test_overrides():
@@ -37,6 +38,8 @@ def test_overrides():
         ({"bits": ()}, "bits"),
         ({"bits": (0,)}, "bits"),
         ({"bits": (2, 2)}, "bits must differ"),
+        ({"trained_steps": 0}, "trained_steps must be an integer from 1 up, got 0"),
+        ({"trained_lr": 0.0}, "trained_lr must be in"),
         ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
     ],
 )

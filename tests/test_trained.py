@@ -1,10 +1,12 @@
 """Candidates that are trained before they are scored."""
 
+import copy
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from test_sensitivity import SWEEP
 
 from bf_lib.layers import get_layer, list_layers
@@ -12,6 +14,7 @@ from bf_lib.models import load_pipeline
 from bf_lib.protocol import spread, study_prompts, study_sweep, training_captions, with_training
 from bf_lib.sensitivity import FULL_PRECISION, Candidate, TrainedSweep, Training, table
 from bf_lib.sensitivity.sweep import Bench
+from bf_lib.sensitivity.trained import _noised
 from bf_lib.study import Study
 
 CAPTIONS = ("a green heart", "a yellow ring", "three stars")
@@ -45,6 +48,7 @@ def test_training_takes_error_away_and_everything_is_put_back(bench, pipe):
     after = pipe.unet.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
     assert bench.score(Candidate(LAYER, 1)) == row, "the same lessons in the same order"
 
 
@@ -53,22 +57,20 @@ def test_full_precision_is_not_trained(bench):
     assert row["mse"] == [0, 0] and row["noise_mse_before"] == row["noise_mse_after"] == 0
 
 
-def test_only_the_layer_is_trained_unless_all_is_asked_for(pipe):
-    other = "up_blocks.2.resnets.0.conv1"
-    for scope, moves in (("layer", False), ("unet", True)):
-        bench = trained_sweep(scope=scope).bench(pipe)
-        weight, kept = get_layer(pipe.unet, other).weight, None
-        fit, seen = bench._fit, []
+@pytest.mark.parametrize(("scope", "moves"), [("layer", False), ("unet", True)])
+def test_only_the_layer_is_trained_unless_all_is_asked_for(pipe, monkeypatch, scope, moves):
+    bench = trained_sweep(scope=scope).bench(pipe)
+    other = get_layer(pipe.unet, "up_blocks.2.resnets.0.conv1").weight
+    fit, moved = bench._fit, []
 
-        def watched(layer, fit=fit, weight=weight, seen=seen):
-            kept = weight.detach().clone()
-            fit(layer)
-            seen.append(not torch.equal(weight, kept))
+    def watched(layer):
+        kept = other.detach().clone()
+        fit(layer)
+        moved.append(not torch.equal(other, kept))
 
-        bench._fit = watched
-        bench.score(Candidate(LAYER, 2))
-        assert seen == [moves], scope
-        assert kept is None
+    monkeypatch.setattr(bench, "_fit", watched)
+    bench.score(Candidate(LAYER, 2))
+    assert moved == [moves]
 
 
 def test_lessons_are_what_full_precision_predicts(bench, pipe):
@@ -81,6 +83,26 @@ def test_lessons_are_what_full_precision_predicts(bench, pipe):
     torch.testing.assert_close(noise, lessons.noise[:2], rtol=1e-4, atol=1e-4)
     empty = (lessons.text == bench.embeds.empty).flatten(1).all(dim=1).float().mean()
     assert 0 < float(empty) < 0.3
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_lessons_are_noised_as_the_model_was_trained(pipe, kind):
+    """The two differ in what `add_noise` of a scheduler that has no steps set takes times for."""
+    pipe = copy.copy(pipe)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    drawn, noise = torch.randn(2, 3, 4, 2, 2)
+    t = torch.tensor([0, 500, 999])
+    found = _noised(pipe, drawn, noise, t)
+    # SD's schedule: betas whose roots are evenly spaced
+    alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[[0, 500, 999]]
+    for n, a in enumerate(alphas):
+        wanted = a**0.5 * drawn[n] + (1 - a) ** 0.5 * noise[n]
+        torch.testing.assert_close(found[n], wanted.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_is_not_trained():
+    with pytest.raises(ValueError, match="trained in float32, not in float16"):
+        replace(trained_sweep(), dtype="float16")
 
 
 def test_prompts_of_the_sweep_are_not_trained_on():

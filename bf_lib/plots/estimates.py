@@ -114,9 +114,9 @@ def training_gain(rows: pd.DataFrame) -> Figure:
     """
     order = rows.groupby("role").taken.median().sort_values(ascending=False).index
     figure, axis = plt.subplots(figsize=(WIDTH, 0.2 * len(order) + 1.1))
-    for b, marker in zip(sorted(rows.bits.unique()), "os^", strict=False):
+    for n, (b, marker) in enumerate(zip(sorted(rows.bits.unique()), "os^Dv", strict=False)):
         part = rows[rows.bits == b]
-        place = part.role.map({role: i for i, role in enumerate(order)}) + 0.18 * (b - 2)
+        place = part.role.map({role: i for i, role in enumerate(order)}) + 0.18 * (n - 1)
         colours = part.role.map(family_of).map(FAMILIES)
         axis.scatter(100 * part.taken, place, s=14, c=colours, marker=marker, lw=0)
         axis.plot([], [], marker, color="#666666", ms=4, label=bits_in_words(b))

@@ -11,6 +11,7 @@ __all__ = [
     "between_bits",
     "between_metrics",
     "influence",
+    "of_magnitude",
     "pearson",
     "rank_agreement",
 ]
@@ -100,10 +101,25 @@ def interval(
 
 
 def rank_agreement(a: Array, b: Array) -> dict[str, float]:
-    """Returns Spearman's correlation with the ends of its interval: spearman, low, high."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    low, high = interval(_spearman, a, b, method="percentile")
-    return {"spearman": float(_spearman(a, b)), "low": low, "high": high}
+    """Returns Spearman's correlation with the ends of its interval over layers.
+
+    Arguments:
+        a: Values with shape (layers,), or (bits, layers) to rank all of them together; then the
+            bit-widths of a layer are resampled as one.
+        b: Others, of the same shape.
+
+    Returns:
+        The values spearman, low and high.
+    """
+    a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
+    low, high = interval(_spearman_of_all, a, b, method="percentile")
+    return {"spearman": float(_spearman_of_all(a, b)), "low": low, "high": high}
+
+
+def _spearman_of_all(a: Array, b: Array, axis: int = -1) -> Array:
+    """Returns Spearman's correlation of values with shape (bits, *, layers), ranked together."""
+    flat = (np.moveaxis(v, 0, -2).reshape(*v.shape[1:-1], -1) for v in (a, b))
+    return _spearman(*flat, axis=axis)
 
 
 def between_metrics(rows: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
@@ -198,7 +214,7 @@ def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
         paper = PAPER.get(tuple(row[name] for name in names))
         if paper is None:
             continue
-        low, high = _of_magnitude(row["low"], row["high"])
+        low, high = of_magnitude(row["low"], row["high"])
         records.append(
             {name: row[name] for name in names}
             | {"ours": abs(row["pearson"]), "low": low, "high": high, "paper": paper}
@@ -207,7 +223,7 @@ def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def _of_magnitude(low: float, high: float) -> tuple[float, float]:
+def of_magnitude(low: float, high: float) -> tuple[float, float]:
     """Returns the interval of |r|, given that of r."""
     least = 0.0 if low < 0 < high else min(abs(low), abs(high))
     return least, max(abs(low), abs(high))

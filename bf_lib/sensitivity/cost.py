@@ -155,17 +155,17 @@ def plan(
 
 
 def seconds_per_evaluation(
-    pipe: StableDiffusionPipeline, text: Tensor, batch: int, rounds: int = 5
+    pipe: StableDiffusionPipeline, text: Tensor, rows: int, rounds: int = 5
 ) -> float:
     """Times the UNet alone, in seconds of one latent.
 
     Arguments:
         pipe: The model.
         text: The text of one sample, with shape (1, tokens, width).
-        batch: Samples at once, each of which has two latents with guidance.
+        rows: Latents at once.
         rounds: How often, after one that is not counted; the median is returned.
     """
-    x = torch.randn(2 * batch, *latent_shape(pipe)).to(text)
+    x = torch.randn(rows, *latent_shape(pipe)).to(text)
     taken = []
     for _ in range(rounds + 1):
         since = time.perf_counter()

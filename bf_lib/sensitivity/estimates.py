@@ -48,12 +48,11 @@ def estimate(
 ) -> pd.DataFrame:
     """Estimates how much each layer, alone at each bit-width, changes the images of a model.
 
-    Four prompts with four projections rank the layers of `mini` as the sweep does, in a five
-    hundredth of its evaluations (notebook 03). To share the work among processes, run an
-    `Estimate` with `bf_lib.jobs`.
+    Notebook 03 shows how well that ranks the layers of `mini`, against its cost. To share the work
+    among processes, run an `Estimate` with `bf_lib.jobs`.
 
     Arguments:
-        pipe: The model, on its device; half precision is enough for a ranking.
+        pipe: The model, on its device. Activations of a batch are kept for the way back.
         prompts: What to draw.
         sampler: How images are sampled, and how many prompts are taken at once.
         method: One of `METHODS`.
@@ -63,8 +62,9 @@ def estimate(
 
     Returns:
         One row a candidate, in order of execution and bits, with columns layer, role, block,
-        depth, params, bits, levels and error: for "image gradient" the expected MSE in squared
-        units of 0..255, else that of the noise.
+        depth, params, bits, levels, error (the mean over prompts: for "image gradient" the
+        expected MSE in squared units of 0..255, else that of the noise) and score (the square of
+        the mean root over prompts, to rank layers by: single prompts weigh less in it).
     """
     job = Estimate(
         model="",
@@ -188,7 +188,7 @@ def combined(
         The table that `estimate` describes.
     """
     parts = [row["errors"] for row in sorted(rows, key=lambda row: row["start"])]
-    errors = _typical(torch.cat([torch.tensor(p, dtype=torch.float64) for p in parts], dim=-1))
+    errors = torch.cat([torch.tensor(part, dtype=torch.float64) for part in parts], dim=-1)
     return pd.DataFrame(
         {
             "layer": layer.name,
@@ -198,7 +198,8 @@ def combined(
             "params": layer.params,
             "bits": b,
             "levels": levels_of_bits(b),
-            "error": float(error),
+            "error": float(error.mean()),
+            "score": float(_typical(error)),
         }
         for layer, of_layer in zip(layers, errors, strict=True)
         for b, error in zip(bits, of_layer, strict=True)
@@ -208,8 +209,7 @@ def combined(
 def _typical(errors: Tensor, dim: int = -1) -> Tensor:
     """Averages the roots of squared errors, and squares: a few that are very large weigh less.
 
-    To first order an error has no bound, while that of an image has. The sweep's own mean is
-    ranked better so (notebook 03).
+    To first order an error has no bound, while that of an image has.
     """
     return errors.sqrt().mean(dim=dim).square()
 

@@ -37,7 +37,7 @@ def compared(rows: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
 
 
 def estimated(
-    rows: Sequence[Mapping], sweep: pd.DataFrame, layers: Sequence[Layer]
+    rows: Sequence[Mapping], sweep: pd.DataFrame, layers: Sequence[Layer], bits: Sequence[int]
 ) -> pd.DataFrame:
     """Returns the estimate of each candidate with what the sweep measured.
 
@@ -45,11 +45,12 @@ def estimated(
         rows: The rows of an `Estimate` of the layers and bit-widths of the sweep.
         sweep: The table of the sweep.
         layers: The layers of the sweep.
+        bits: Its bit-widths, in its order.
 
     Returns:
         The table of `estimates.estimate`, with columns mse and clip_drop.
     """
-    table = combined(rows, layers, sorted(sweep.bits.unique()))
+    table = combined(rows, layers, bits)
     return table.merge(sweep[["layer", "bits", "mse", "clip_drop"]], on=["layer", "bits"])
 
 
@@ -73,7 +74,8 @@ def fidelity_table(
         One row for each estimate, metric of the sweep ("mse" or "clip_drop") and bit-width ("1",
         "2", ... or "all" together): method, prompts, projections, share (of the sweep's FLOPs),
         evaluations (FLOPs in units of one UNet evaluation), seconds (of one process), metric,
-        bits, spearman, low, high.
+        bits, spearman (of the score), low, high (its 95 % interval over layers), and
+        spearman_of_mean (of the error instead of the score).
     """
     cost = replace(cost, layers=len(layers))
     bits = len(sweep.bits)
@@ -89,10 +91,13 @@ def fidelity_table(
             "evaluations": flops / cost.forward,
             "seconds": sum(row["seconds"] for row in rows),
         }
-        for b, part in _by_bits(estimated(rows, table, layers)):
+        for b, part in _by_bits(estimated(rows, table, layers, sweep.bits)):
             for metric in ("mse", "clip_drop"):
-                agreement = rank_agreement(part.error, part[metric])
-                records.append(shared | {"metric": metric, "bits": b} | agreement)
+                columns = (_by_layer(part, name) for name in ("score", metric))
+                found = rank_agreement(*columns) | {
+                    "spearman_of_mean": part.error.corr(part[metric], method="spearman")
+                }
+                records.append(shared | {"metric": metric, "bits": b} | found)
     return pd.DataFrame(records)
 
 
@@ -128,10 +133,15 @@ def _by_bits(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     yield ALL, rows
 
 
-def within(fidelity: pd.DataFrame, limit: float, metric: str = "mse") -> float | None:
-    """Returns the rank correlation of the dearest image gradient that costs no more than a limit.
+def _by_layer(rows: pd.DataFrame, column: str) -> Array:
+    """Returns a column with shape (bits, layers)."""
+    return rows.pivot(index="bits", columns="layer", values=column).to_numpy()
 
-    That of the bit-width where it is lowest; None where all cost more.
+
+def within(fidelity: pd.DataFrame, limit: float, metric: str = "mse") -> pd.Series | None:
+    """Returns the row of the dearest image gradient that costs no more than a limit.
+
+    That of the bit-width where its rank correlation is lowest; None where all cost more.
 
     Arguments:
         fidelity: What `fidelity_table` returns.
@@ -140,4 +150,5 @@ def within(fidelity: pd.DataFrame, limit: float, metric: str = "mse") -> float |
     """
     rows = fidelity[(fidelity.method == "image gradient") & (fidelity.metric == metric)]
     rows = rows[(rows.share <= limit) & (rows.bits != ALL)]
-    return None if rows.empty else float(rows[rows.share == rows.share.max()].spearman.min())
+    dearest = rows[rows.share == rows.share.max()]
+    return None if rows.empty else dearest.loc[dearest.spearman.idxmin()]

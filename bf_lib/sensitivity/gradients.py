@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from bf_lib.grids import alternating_scale, fake_quantize, levels_of_bits
 from bf_lib.layers import Layer, get_layer
 from bf_lib.sampling import PromptEmbeds, Sampler, denoise, generators_of, latent_shape
+from bf_lib.sensitivity.seeds import derived_seeds
 
 Deltas = dict[str, Tensor]  # layer -> what quantization adds to its weight, (bits, out, *)
 
@@ -192,7 +193,7 @@ def _with_unet(pipe: StableDiffusionPipeline, unet: object) -> SimpleNamespace:
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """Returns a source of projections for each sample, other than that of its noise."""
-    return generators_of([2**32 + seed for seed in seeds])
+    return generators_of(derived_seeds("projections", seeds))
 
 
 def _random(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
@@ -246,12 +247,15 @@ def _pull_back(
         keep = k < len(pulls) - 1
         first, *pulled = torch.autograd.grad(noise, [x, *order], pull, retain_graph=keep)
         at_input.append(first)
-        rows = [
-            (moved[name] * each).flatten(2).sum(dim=2, dtype=torch.float64)
-            for name, each in zip(deltas, pulled, strict=True)
-        ]
+        rows = [_products(moved[name], each) for name, each in zip(deltas, pulled, strict=True)]
         products.append(torch.stack(rows).cpu())  # (layers, bits, rows)
     return torch.stack(products, dim=2), torch.stack(at_input)
+
+
+def _products(moved: Tensor, pulled: Tensor) -> Tensor:
+    """Returns the inner products over each row, in float64; half precision would underflow."""
+    kind = torch.promote_types(moved.dtype, torch.float32)
+    return (moved.to(kind) * pulled.to(kind)).flatten(2).sum(dim=2, dtype=torch.float64)
 
 
 def _per_sample(products: Tensor, samples: int) -> Tensor:

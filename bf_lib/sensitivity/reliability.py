@@ -117,7 +117,7 @@ def corrected_table(frames: Sequence[pd.DataFrame], first: str, second: str) -> 
 
     Returns:
         Columns bits, layers, observed (the mean of Pearson's over the sweeps), corrected, low and
-        high (the interval of the corrected one; NaN where too many resamples have none).
+        high (the interval of the corrected one; infinite where too many resamples have none).
     """
     records = []
     for b in sorted(frames[0].bits.unique()):
@@ -144,7 +144,8 @@ def _resampled(x: Array, y: Array, resamples: int = 10_000, seed: int = 0) -> tu
     chosen = np.random.default_rng(seed).integers(layers, size=(resamples, layers))
     values = disattenuated(x[:, chosen], y[:, chosen])
     lows, highs = (np.where(np.isnan(values), end, values) for end in (-np.inf, np.inf))
-    return float(np.quantile(lows, 0.025)), float(np.quantile(highs, 0.975))
+    low = np.quantile(lows, 0.025, method="lower")  # interpolating infinities gives NaN
+    return float(low), float(np.quantile(highs, 0.975, method="higher"))
 
 
 def split_half(values: Array, ranks: bool = True, splits: int = 200, seed: int = 0) -> float:

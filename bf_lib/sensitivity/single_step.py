@@ -123,10 +123,15 @@ def resumed(parts: Sequence[Part], layer: str) -> Iterator[None]:
     names = [part.name for part in parts]
     within = next((n for n, name in enumerate(names) if layer.startswith(f"{name}.")), 0)
     skipped = parts[:within]
+    # Others, such as accelerate, may have put a `forward` of their own on a module.
+    own = [part.module.__dict__.get("forward") for part in skipped]
     for part in skipped:
         part.module.forward = lambda *_, output=part.output, **__: output
     try:
         yield
     finally:
-        for part in skipped:
-            del part.module.forward  # that of its class again
+        for part, forward in zip(skipped, own, strict=True):
+            if forward is None:
+                del part.module.forward  # that of its class again
+            else:
+                part.module.forward = forward

@@ -3,8 +3,8 @@
 One layer is quantized, and the UNet learns the noise that the full-precision model predicts. The
 paper trains "weights and scales" and does not say whether those of the layer or of the whole UNet,
 how long, on which data or at what rate. Here it is the layer's weight, bias and scales by default:
-Adam moves every weight by about its rate at each step, however small the error is, so that to
-train the whole UNet for a short time changes the images by more than a harmless layer does.
+Adam moves every weight that it trains by about its rate at each step, however small the error is,
+so that a short training of the whole UNet would hide what a harmless layer does.
 
 Every candidate sees the same latents, times and captions in the same order, at a rate that falls
 linearly to zero. The latents are drawn by the full-precision model from captions of their own, so
@@ -13,7 +13,7 @@ no images are needed. As in the paper's first stage, a caption is left out in on
 
 __all__ = ["TrainedBench", "TrainedSweep", "Training"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -29,6 +29,7 @@ from bf_lib.grids import levels_of_bits, relative_mse
 from bf_lib.layers import get_layer
 from bf_lib.sampling import PromptEmbeds, denoise, encode_prompts
 from bf_lib.sensitivity.candidates import FULL_PRECISION, Candidate
+from bf_lib.sensitivity.seeds import derived_seeds
 from bf_lib.sensitivity.sweep import Bench, Sweep
 
 SCOPES = ("layer", "unet")
@@ -62,6 +63,8 @@ class TrainedSweep(Sweep):
 
     def __post_init__(self) -> None:
         Sweep.__post_init__(self)
+        if self.dtype != "float32":
+            raise ValueError(f"candidates are trained in float32, not in {self.dtype}")
         if shared := sorted(set(self.training.captions) & set(self.prompts)):
             raise ValueError(f"prompts of the sweep must not be trained on: {shared[:3]}")
 
@@ -99,7 +102,7 @@ class TrainedBench(Bench):
         unet, plan = self.pipe.unet, self.sweep.training
         held_out = self.lessons[plan.steps * plan.batch :]
         weight = get_layer(unet, task.layer).weight.detach().clone()
-        with _restored(unet, task.layer):
+        with _restored(unet, task.layer, plan.scope):
             attach_fake_quantizer_(unet, task.layer, levels_of_bits(task.bits))
             before = self._error(held_out)
             self._fit(get_layer(unet, task.layer))
@@ -129,7 +132,10 @@ class TrainedBench(Bench):
 
     @torch.no_grad()
     def _error(self, lessons: Lessons) -> float:
-        return float(F.mse_loss(_noise(self.pipe.unet, lessons), lessons.noise))
+        size = self.sweep.training.batch
+        parts = [lessons[i : i + size] for i in range(0, len(lessons.x), size)]
+        found = [(_noise(self.pipe.unet, part) - part.noise).square() for part in parts]
+        return float(torch.cat(found).mean())
 
 
 def _noise(unet: nn.Module, lessons: Lessons) -> Tensor:
@@ -149,17 +155,28 @@ def _lessons(pipe: StableDiffusionPipeline, plan: Training, count: int, sweep: S
     noise = torch.randn((count, *drawn.shape[1:]), generator=generator).to(drawn)
     dropped = (torch.rand(count, generator=generator) < DROPPED).to(drawn.device)
     text = torch.where(dropped[:, None, None], embeds.empty, embeds.prompts[which])
-    asked = Lessons(pipe.scheduler.add_noise(drawn[which], noise, t), t, text, noise)
+    asked = Lessons(_noised(pipe, drawn[which], noise, t), t, text, noise)
     parts = [slice(i, i + plan.batch) for i in range(0, count, plan.batch)]
     predicted = torch.cat([_noise(pipe.unet, asked[part]) for part in parts])
     return Lessons(asked.x, asked.t, asked.text, predicted)
+
+
+def _noised(pipe: StableDiffusionPipeline, drawn: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Returns latents at times of training, sqrt(a_t) z + sqrt(1 - a_t) n.
+
+    Not the scheduler's `add_noise`: that of DPM-Solver++ looks times up among those of sampling,
+    and that of Euler does not scale its result as the UNet wants it.
+    """
+    alphas = pipe.scheduler.alphas_cumprod.to(drawn)[t].view(-1, 1, 1, 1)
+    return alphas.sqrt() * drawn + (1 - alphas).sqrt() * noise
 
 
 def _drawn(
     pipe: StableDiffusionPipeline, embeds: PromptEmbeds, plan: Training, sweep: Sweep
 ) -> Tensor:
     """Draws the latents of each caption, with shape (captions, channels, height, width)."""
-    seeds: Sequence[int] = range(2**33 + plan.seed, 2**33 + plan.seed + len(plan.captions))
+    first = plan.seed * len(plan.captions)
+    seeds = derived_seeds("lessons", range(first, first + len(plan.captions)))
     size = sweep.sampler.batch
     starts = range(0, len(seeds), size)
     parts = [
@@ -169,13 +186,17 @@ def _drawn(
 
 
 @contextmanager
-def _restored(unet: nn.Module, name: str) -> Iterator[None]:
-    """Puts every weight back bit for bit after the block, and the layer as it was."""
-    kept = {key: value.detach().clone() for key, value in unet.state_dict().items()}
+def _restored(unet: nn.Module, name: str, scope: str) -> Iterator[None]:
+    """Puts what is trained back bit for bit after the block, and the layer as it was."""
+    layer = get_layer(unet, name)
+    model = unet if scope == "unet" else layer
+    kept = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    trained = {key for key, parameter in unet.named_parameters() if parameter.requires_grad}
     try:
         yield
     finally:
-        layer = get_layer(unet, name)
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight")
-        unet.load_state_dict(kept)
+        model.load_state_dict(kept)
+        for key, parameter in unet.named_parameters():
+            parameter.requires_grad_(key in trained)
