@@ -109,15 +109,15 @@ def with_training(study: Study, sweep: Sweep, layers: Sequence[Layer], seed: int
 
 
 def study_estimate(
-    study: Study, sweep: Sweep, prompts: int, method: str, projections: int
+    study: Study, sweep: Sweep, method: str, prompts: int, projections: int
 ) -> Estimate:
     """Returns the estimate by the first prompts of a sweep, of all that it sweeps.
 
     Arguments:
         study: The study, which says how many prompts at once.
         sweep: Its prompts and seeds should be others than those of the sweep it is compared with.
-        prompts: How many of its prompts.
         method: One of `sensitivity.METHODS`.
+        prompts: How many of its prompts.
         projections: How many for each prompt.
     """
     shared = ("model", "bits", "layers", "threads", "dtype")
