@@ -48,6 +48,7 @@ DEFAULT = Tolerance(rtol=1e-3, atol=1e-6)
 BY_NAME = {
     "psnr": Tolerance(rtol=0.0, atol=0.05),  # dB: absolute by nature
     "mse": Tolerance(rtol=1e-2, atol=1e-4),
+    "rmse": Tolerance(rtol=1e-2, atol=1e-3),
     "clip": Tolerance(rtol=0.0, atol=5e-4),
     "clip_drop": Tolerance(rtol=0.0, atol=5e-4),  # a difference of near equals
     "perceptual": Tolerance(rtol=1e-2, atol=1e-4),

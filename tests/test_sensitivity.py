@@ -113,6 +113,7 @@ def test_the_table_averages_over_prompts(rows):
     assert frame[["layer", "bits"]].to_numpy().tolist() == [[n, b] for n in LAYERS for b in (1, 2)]
     first = found[LAYERS[0], 1]
     assert frame.mse[0] == pytest.approx(np.mean(first["mse"]))
+    assert frame.rmse[0] == pytest.approx(np.mean(np.sqrt(first["mse"])))
     drop = np.mean(found[None, None]["clip"]) - np.mean(first["clip"])
     assert frame.clip_drop[0] == pytest.approx(drop)
     tensors = per_prompt(rows, frame)

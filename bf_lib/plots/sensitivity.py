@@ -15,6 +15,7 @@ from bf_lib.plots.families import FAMILIES, family_legend, family_of, mark_block
 
 METRICS = {
     "mse": "MSE (0-255 units, squared)",
+    "rmse": "root MSE (0-255 units)",
     "psnr": "PSNR (dB)",
     "perceptual": "perceptual distance",
     "clip_drop": "CLIP score drop",

@@ -6,6 +6,7 @@ such as these, might have given. They do not hold what other prompts would have 
 """
 
 __all__ = [
+    "METRICS",
     "PAPER",
     "beside_paper",
     "between_bits",

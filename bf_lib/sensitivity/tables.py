@@ -25,6 +25,7 @@ def table(rows: Iterable[Mapping], layers: Sequence[Layer]) -> pd.DataFrame:
 
     Returns:
         Columns layer, role, block, depth, params, bits, levels, mse (squared units of 0..255),
+        rmse (the mean over prompts of its root),
         psnr (dB), perceptual, clip, clip_drop, weight_mse (relative squared error), and of
         candidates that were trained, noise_mse_before and noise_mse_after (on held-out samples).
 
@@ -49,6 +50,7 @@ def table(rows: Iterable[Mapping], layers: Sequence[Layer]) -> pd.DataFrame:
                 "bits": bits,
                 "levels": levels,
                 "mse": np.mean(row["mse"]),
+                "rmse": np.mean(np.sqrt(row["mse"])),
                 "psnr": np.mean(row["psnr"]),
                 "perceptual": np.mean(row["perceptual"]),
                 "clip": np.mean(row["clip"]),
