@@ -25,9 +25,9 @@ def table(rows: Iterable[Mapping], layers: Sequence[Layer]) -> pd.DataFrame:
 
     Returns:
         Columns layer, role, block, depth, params, bits, levels, mse (squared units of 0..255),
-        rmse (the mean over prompts of its root),
-        psnr (dB), perceptual, clip, clip_drop, weight_mse (relative squared error), and of
-        candidates that were trained, noise_mse_before and noise_mse_after (on held-out samples).
+        rmse (the mean of its root), psnr (dB), perceptual, clip, clip_drop, weight_mse (relative
+        squared error), and of candidates that were trained, noise_mse_before and noise_mse_after
+        (on held-out samples).
 
     Raises:
         ValueError: If the row of the full-precision model is missing.
