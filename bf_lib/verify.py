@@ -46,8 +46,10 @@ DEFAULT = Tolerance(rtol=1e-3, atol=1e-6)
 
 # By column of a table or key of a record, wherever it occurs.
 BY_NAME = {
-    "psnr": Tolerance(rtol=0.0, atol=0.05),  # dB: absolute by nature
-    "mse": Tolerance(rtol=1e-2, atol=1e-4),
+    # Another processor rounds some values of an image to the other side. Where images hardly
+    # change, these few are all that differs: up to 0.7 dB were seen at 88 dB, 0.05 at 65.
+    "psnr": Tolerance(rtol=1e-2, atol=0.05),
+    "mse": Tolerance(rtol=1e-2, atol=1e-3),
     "rmse": Tolerance(rtol=1e-2, atol=1e-3),
     "clip": Tolerance(rtol=0.0, atol=5e-4),
     "clip_drop": Tolerance(rtol=0.0, atol=5e-4),  # a difference of near equals

@@ -136,7 +136,9 @@ def test_what_is_skipped_does_not_change_a_single_step(pipe):
         for k, layer in enumerate(layers):
             with quantized(pipe.unet, layer.name, levels_of_bits(1)):
                 wanted = (guided() - reference).square().mean()
-            assert float(found[k, 0, n]) == pytest.approx(float(wanted), rel=1e-3), layer.name
+            # the smallest are squares of the last bits of float32
+            close = pytest.approx(float(wanted), rel=1e-3, abs=1e-11)
+            assert float(found[k, 0, n]) == close, layer.name
 
 
 def test_parts_before_a_layer_are_not_computed():

@@ -294,8 +294,9 @@ def test_bars_of_reliability_have_their_intervals():
         ]
     )
     axis = plots.reliability_bars(table).axes[0]
-    assert heights(axis) == pytest.approx([0.6] * 4 + [0.7] * 4)
-    assert len(axis.collections[0].get_segments()) == 4
+    each = len(plots.METRICS)
+    assert heights(axis) == pytest.approx([0.6] * each + [0.7] * each)
+    assert len(axis.collections[0].get_segments()) == each
 
 
 # ---- estimates and trained candidates
