@@ -33,7 +33,7 @@ def compared(rows: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
     found = [
         {"bits": b} | rank_agreement(part[first], part[second]) for b, part in rows.groupby("bits")
     ]
-    return pd.DataFrame(found)
+    return pd.DataFrame(found, columns=["bits", "spearman", "low", "high"])
 
 
 def estimated(
