@@ -3,11 +3,14 @@
 from importlib import import_module
 
 _HOMES = {
+    "Recipe": "bf_lib.recipe",
+    "cache_time_features_": "bf_lib.timecache",
     "estimate": "bf_lib.sensitivity",
     "list_layers": "bf_lib.layers",
     "load_pipeline": "bf_lib.models",
-    "published_recipe": "bf_lib.layers",
+    "published_recipe": "bf_lib.recipe",
     "run_job": "bf_lib.jobs",
+    "size_report": "bf_lib.sizes",
 }
 __all__ = list(_HOMES)
 

@@ -7,13 +7,16 @@ UNet's 859,520,964 parameters.
 """
 
 __all__ = [
+    "ENDS",
+    "TIMED",
     "Layer",
     "all_layers",
+    "block_of",
     "get_layer",
     "in_published_order",
     "layer_table",
     "list_layers",
-    "published_recipe",
+    "published_bits",
 ]
 
 import difflib
@@ -26,6 +29,10 @@ import pandas as pd
 from torch import nn
 
 from bf_lib.paths import ROOT
+
+# Why layers are not quantized.
+ENDS = ("first layer", "last layer")
+TIMED = "its output is pre-computed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ def all_layers(unet: nn.Module) -> list[Layer]:
         place = depth if excluded is None else None
         depth += excluded is None
         shape = _weight_shape(module)
-        layers.append(Layer(name, kind, _role(name), _block(name), place, shape, excluded))
+        layers.append(Layer(name, kind, _role(name), block_of(name), place, shape, excluded))
     return layers
 
 
@@ -101,7 +108,7 @@ def get_layer(unet: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-def published_recipe() -> pd.DataFrame:
+def published_bits() -> pd.DataFrame:
     """Reads the bit-widths of SD-v1.5's layers that the paper publishes (App. H).
 
     Returns:
@@ -114,7 +121,7 @@ def published_recipe() -> pd.DataFrame:
 
 def in_published_order(layers: Iterable[Layer]) -> list[Layer]:
     """Sorts layers of SD-v1.5's topology as the paper does: down, up, mid; attention first."""
-    rank = {name: i for i, name in enumerate(published_recipe().name)}
+    rank = {name: i for i, name in enumerate(published_bits().name)}
     layers = list(layers)
     unknown = [layer.name for layer in layers if layer.name not in rank]
     if unknown:
@@ -144,9 +151,9 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 _EXCLUDED = (
-    (re.compile(r"conv_in"), "first layer"),
-    (re.compile(r"conv_out"), "last layer"),
-    (re.compile(r"time_embedding\..*|.*\.time_emb_proj"), "its output is pre-computed"),
+    (re.compile(r"conv_in"), ENDS[0]),
+    (re.compile(r"conv_out"), ENDS[1]),
+    (re.compile(r"time_embedding\..*|.*\.time_emb_proj"), TIMED),
 )
 
 
@@ -177,7 +184,8 @@ def _role(name: str) -> str:
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.|(mid)_block\.")
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
+    """Returns the block that a layer or parameter is in: see `Layer`."""
     match = _BLOCK.match(name)
     return "".join(filter(None, match.groups())) if match else name.split(".")[0]
 

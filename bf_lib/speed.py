@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from bf_lib.grids import levels_of_bits, optimal_scale
-from bf_lib.layers import list_layers, published_recipe
+from bf_lib.layers import list_layers, published_bits
 from bf_lib.models import load_pipeline, meta_unet, sd15_unet_config
 from bf_lib.processes import end_with_parent, make_deterministic
 from bf_lib.progress import progress
@@ -188,7 +188,7 @@ def scale_seconds(
 
 
 def _sd15_shapes() -> list[tuple[tuple[int, ...], int]]:
-    bits = published_recipe().set_index("name").bits
+    bits = published_bits().set_index("name").bits
     layers = list_layers(meta_unet(sd15_unet_config()))
     return [(layer.shape, levels_of_bits(bits[layer.name])) for layer in layers]
 

@@ -22,7 +22,7 @@ from bf_lib.grids import (
     quantize,
     relative_mse,
 )
-from bf_lib.layers import published_recipe
+from bf_lib.layers import published_bits
 
 LEVELS = st.sampled_from([3, 5, 7, 9, 17, 33])
 SEEDS = st.integers(0, 2**31)
@@ -142,7 +142,7 @@ def test_levels_and_bits():
 
 def test_levels_may_be_of_any_integer_type():
     weight = channels(0)
-    levels = levels_of_bits(published_recipe().bits[0])
+    levels = levels_of_bits(published_bits().bits[0])
     assert torch.equal(optimal_scale(weight, levels), optimal_scale(weight, int(levels)))
 
 

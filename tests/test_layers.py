@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from toys import toy_unet
 
-from bf_lib.layers import all_layers, get_layer, in_published_order, list_layers, published_recipe
+from bf_lib.layers import all_layers, get_layer, in_published_order, list_layers, published_bits
 from bf_lib.models import MODELS, meta_unet, mini_unet_config, sd15_unet_config
 
 
@@ -18,7 +18,7 @@ def test_sd15_has_the_papers_layers():
     assert len(all_layers(unet)) == 282
     assert len(layers) == 256
     assert sum(layer.params for layer in layers) == 831_201_280
-    recipe = published_recipe()
+    recipe = published_bits()
     names = [layer.name for layer in in_published_order(layers)]
     assert names == recipe.name.tolist()[:256]
     assert [layer.params for layer in in_published_order(layers)] == recipe.params.tolist()[:256]
