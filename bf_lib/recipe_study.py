@@ -1,0 +1,181 @@
+"""The recipes that the study compares, each for a size in bytes (BitsFusion, §3.3 and Table 5)."""
+
+__all__ = [
+    "LEVELS",
+    "Choices",
+    "by_optimum",
+    "by_rule",
+    "at_random",
+    "ascending",
+    "error_table",
+    "uniform",
+    "weight_error_table",
+]
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from bf_lib.allocation import (
+    Allocation,
+    clip_bonus,
+    cost_table,
+    extended,
+    optimum,
+    random_choice,
+    within_budget,
+)
+from bf_lib.grids import (
+    alternating_scale,
+    fake_quantize,
+    levels_of_bits,
+    nominal_bits,
+    relative_mse,
+)
+from bf_lib.layers import Layer, get_layer
+from bf_lib.recipe import Recipe
+from bf_lib.sizes import size_report
+
+LEVELS = tuple(levels_of_bits(b) for b in range(1, 8))  # 3 to 129: Alg. 1 ends at 7 bits
+
+
+def weight_error_table(
+    unet: nn.Module, layers: Sequence[Layer], levels: Sequence[int] = LEVELS
+) -> pd.DataFrame:
+    """Returns the relative squared error of each layer's weights at each number of levels."""
+
+    def error(layer: Layer, count: int) -> float:
+        weight = get_layer(unet, layer.name).weight.detach()
+        return float(
+            relative_mse(weight, fake_quantize(weight, alternating_scale(weight, count), count))
+        )
+
+    rows = {layer.name: [error(layer, count) for count in levels] for layer in layers}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(levels))
+
+
+def error_table(sensitivity: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Returns one metric of the sweep, with a row for each layer and a column for each level."""
+    wide = sensitivity.pivot(index="layer", columns="levels", values=metric)
+    return wide.loc[sensitivity.layer.unique()].rename_axis(index=None, columns=None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choices:
+    """What there is to choose from, and what is known of it: tables of layers by levels."""
+
+    errors: pd.DataFrame  # predicted damage
+    costs: pd.DataFrame  # bytes of codes
+    params: pd.Series  # weights of each layer
+    fixed: int  # bytes of everything else in the file
+
+    @classmethod
+    def of(
+        cls,
+        unet: nn.Module,
+        layers: Sequence[Layer],
+        errors: pd.DataFrame,
+        weight_errors: pd.DataFrame,
+        timesteps: int,
+    ) -> Self:
+        """Returns the choices for a UNet.
+
+        Arguments:
+            unet: The original UNet.
+            layers: Its layers.
+            errors: Predicted damage, with columns of levels; more are extrapolated.
+            weight_errors: What `weight_error_table` returns.
+            timesteps: How many time-steps' features are stored.
+        """
+        least = Recipe({layer.name: LEVELS[0] for layer in layers})
+        parts = size_report(unet, least, timesteps).by("kind").stored_bytes
+        return cls(
+            errors=extended(errors, weight_errors),
+            costs=cost_table(layers, LEVELS),
+            params=pd.Series({layer.name: layer.params for layer in layers}),
+            fixed=int(parts.sum() - parts["codes"]),
+        )
+
+    def predicting(self, errors: pd.DataFrame, weight_errors: pd.DataFrame) -> Self:
+        """Returns the same choices with another prediction of damage."""
+        return replace(self, errors=extended(errors, weight_errors))
+
+    def predicted(self, recipe: Recipe) -> float:
+        """Returns the sum of the errors of single layers."""
+        return float(sum(self.errors.loc[name, count] for name, count in recipe.levels.items()))
+
+    def cost(self, bits: pd.Series) -> float:
+        """Returns the bytes of codes of the paper's bits."""
+        return float(sum(self.costs.loc[name, levels_of_bits(b)] for name, b in bits.items()))
+
+
+def uniform(choices: Choices, levels: int) -> Recipe:
+    """Returns the recipe that gives all layers the same levels."""
+    return Recipe(dict.fromkeys(choices.errors.index, levels), {"rule": "uniform"})
+
+
+def by_rule(
+    choices: Choices, size: int, eta: float = 0.3, drops: pd.Series | None = None
+) -> Recipe:
+    """Returns the recipe of the paper's rule (Alg. 1) for a file of a size.
+
+    Arguments:
+        choices: The layers, and M_{i,b}, of which only 1, 2 and 3 bits are looked at.
+        size: The most bytes of the file.
+        eta: Of S = M N^-eta.
+        drops: The CLIP drop at 3 bits, if layers are to get bits for it.
+
+    Raises:
+        ImpossibleBudget: If the rule has no recipe so small.
+    """
+    errors = choices.errors.iloc[:, :3]
+    errors = errors.set_axis([nominal_bits(levels) for levels in errors.columns], axis=1)
+    bonus = 0 if drops is None else clip_bonus(drops.loc[errors.index])
+    bits = within_budget(errors, choices.params, choices.cost, size - choices.fixed, eta, bonus)
+    made = {"rule": "paper", "eta": eta, "refined": drops is not None, "bytes": size}
+    return Recipe.of_bits({name: int(b) for name, b in bits.items()}, made)
+
+
+def by_optimum(
+    choices: Choices, size: int, apart_from: Sequence[Recipe] = (), differing: int = 1
+) -> tuple[Recipe, Allocation]:
+    """Returns the recipe with the least sum of errors for a file of a size, and its proof.
+
+    Arguments:
+        choices: The layers, their errors and costs.
+        size: The most bytes of the file.
+        apart_from: Recipes that it must differ from.
+        differing: In how many layers at least.
+
+    Raises:
+        ImpossibleBudget: If there is no recipe so small.
+    """
+    others = [pd.Series(dict(recipe.levels)) for recipe in apart_from]
+    found = optimum(choices.errors, choices.costs, size - choices.fixed, others, differing)
+    levels = {name: int(count) for name, count in found.choice.items()}
+    return Recipe(levels, {"rule": "optimum", "bytes": size, "gap": found.gap}), found
+
+
+def at_random(choices: Choices, size: int, count: int, seed: int) -> list[Recipe]:
+    """Returns random recipes for a file of a size, each from a seed of its own."""
+    drawn = [
+        random_choice(choices.costs, size - choices.fixed, np.random.default_rng((seed, n)))
+        for n in range(count)
+    ]
+    return [
+        Recipe({name: int(v) for name, v in chosen.items()}, {"rule": "random", "bytes": size})
+        for chosen in drawn
+    ]
+
+
+def ascending(choices: Choices, levels: int, counts: Sequence[int]) -> list[Recipe]:
+    """Returns what quantizes the least sensitive layers only, so many of them in each.
+
+    These are no recipes for a UNet, which must name every layer, but trials of a part of it.
+    """
+    order = choices.errors[levels].sort_values().index
+    return [Recipe(dict.fromkeys(order[:count], levels)) for count in counts]

@@ -1,0 +1,128 @@
+"""Trials: whole recipes, drawn and compared with full precision, before any training.
+
+Errors of single layers do not simply add up, so what a recipe does to images is measured. A trial
+quantizes all layers that it names at once, with the alternating scale (BitsFusion, §4.1), and
+draws the same prompts from the same seeds as the full-precision model.
+"""
+
+__all__ = ["Trial", "Trials", "all_quantized", "trial_table"]
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from bf_lib.evaluation import challenges, passes
+from bf_lib.judges import load_scene_judge, read_scenes
+from bf_lib.models import MODELS
+from bf_lib.sensitivity.candidates import quantized
+from bf_lib.sensitivity.sweep import Bench as ImageBench
+from bf_lib.sensitivity.sweep import Sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One of the recipes of `Trials`, by its name, or full precision."""
+
+    name: str
+
+    @property
+    def label(self) -> tuple[str, str]:
+        """What to call its work."""
+        return "recipe", self.name
+
+
+@dataclass(frozen=True)
+class Trials:
+    """All that the rows of trials depend on: a job for `bf_lib.jobs`."""
+
+    sweep: Sweep  # its model, prompts, seeds, sampler and metrics
+    recipes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]  # name -> layer -> levels
+    judged: tuple[int, int] | None = None  # challenges of each task and their seed; the prompts
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.recipes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"trials must have names of their own: {twice}")
+        if self.judged is not None:
+            asked = tuple(c.prompt for c in challenges(*self.judged))
+            if asked != self.sweep.prompts:
+                raise ValueError("images are judged by the challenges that are their prompts")
+
+    @property
+    def threads(self) -> int:
+        return self.sweep.threads
+
+    def load(self, device: str) -> StableDiffusionPipeline:
+        """Loads the model whose layers are quantized."""
+        return self.sweep.load(device)
+
+    def judges(self) -> list[nn.Module]:
+        """Loads what images are judged by."""
+        return [*self.sweep.judges(), *([load_scene_judge(MODELS["mini"])] if self.judged else [])]
+
+    def tasks(self, unet: nn.Module) -> list[Trial]:
+        """Lists full precision, and then the recipes."""
+        return [Trial(FULL), *(Trial(name) for name, _ in self.recipes)]
+
+    def bench(self, pipe: StableDiffusionPipeline) -> "Bench":
+        """Returns what tries recipes, with the images of full precision drawn."""
+        return Bench(self, pipe)
+
+
+FULL = "full precision"
+
+
+class Bench:
+    """A loaded model and what its images are compared and judged by."""
+
+    def __init__(self, trials: Trials, pipe: StableDiffusionPipeline) -> None:
+        self.recipes = {name: dict(levels) for name, levels in trials.recipes} | {FULL: {}}
+        self.images = ImageBench(trials.sweep, pipe)
+        self.asked = challenges(*trials.judged) if trials.judged else []
+        self.judge = load_scene_judge(MODELS["mini"]) if trials.judged else None
+
+    def score(self, task: Trial) -> dict:
+        """Returns the row of a trial: metrics by prompt, and whether each challenge was passed.
+
+        Raises:
+            ValueError: If a weight or an image is NaN or infinite.
+        """
+        with all_quantized(self.images.pipe.unet, self.recipes[task.name]):
+            images = self.images.draw()
+        row = asdict(task) | self.images.measure(images)
+        if self.judge is not None:
+            seen = read_scenes(self.judge, to_float(images.numpy()))
+            row["passed"] = [passes(c, s) for c, s in zip(self.asked, seen, strict=True)]
+        return row
+
+
+@contextmanager
+def all_quantized(unet: nn.Module, levels: Mapping[str, int]) -> Iterator[None]:
+    """Quantizes layers for the duration of the block, then puts their weights back bit for bit."""
+    with ExitStack() as stack:
+        for name, count in levels.items():
+            stack.enter_context(quantized(unet, name, count))
+        yield
+
+
+def trial_table(rows: Iterable[Mapping], names: Sequence[str]) -> pd.DataFrame:
+    """Returns the trials in the order of `names`, with each metric averaged over prompts.
+
+    Returns:
+        Columns name, mse (squared units of 0..255), psnr (dB), perceptual, clip, clip_drop, and
+        where images were judged, scene (the share of challenges passed).
+    """
+    found = {row["name"]: row for row in rows}
+    reference = np.array(found[FULL]["clip"])
+    records = []
+    for name in names:
+        row = found[name]
+        record = {"name": name} | {m: np.mean(row[m]) for m in ("mse", "psnr", "perceptual")}
+        record |= {"clip": np.mean(row["clip"]), "clip_drop": np.mean(reference - row["clip"])}
+        records.append(record | ({"scene": np.mean(row["passed"])} if "passed" in row else {}))
+    return pd.DataFrame(records)
