@@ -18,6 +18,7 @@ from torch import nn
 
 from bf_lib.evaluation import challenges, passes
 from bf_lib.judges import load_scene_judge, read_scenes
+from bf_lib.mini import to_float
 from bf_lib.models import MODELS
 from bf_lib.sensitivity.candidates import quantized
 from bf_lib.sensitivity.sweep import Bench as ImageBench
