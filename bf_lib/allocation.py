@@ -210,8 +210,9 @@ def optimum(
     for other in apart_from:
         same = errors.columns.to_numpy()[None, :] == other.loc[errors.index].to_numpy()[:, None]
         limits.append(LinearConstraint(same.ravel().astype(float), -np.inf, rows - differing))
-    # HiGHS works to absolute tolerances, so that both are brought to about 1.
-    size = np.abs(errors.to_numpy()).max() or 1.0
+    # HiGHS also works to absolute tolerances of 1e-6 and less, so that the budget becomes 1, and
+    # the largest error 1000: the sum of the chosen ones is often far below it.
+    size = (np.abs(errors.to_numpy()).max() or 1.0) / 1000
     allowed = budget
     while True:
         price = LinearConstraint(costs.to_numpy().ravel() / budget, -np.inf, allowed / budget)
