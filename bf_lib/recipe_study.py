@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -99,10 +99,6 @@ class Choices:
             params=pd.Series({layer.name: layer.params for layer in layers}),
             fixed=int(parts.sum() - parts["codes"]),
         )
-
-    def predicting(self, errors: pd.DataFrame, weight_errors: pd.DataFrame) -> Self:
-        """Returns the same choices with another prediction of damage."""
-        return replace(self, errors=extended(errors, weight_errors))
 
     def predicted(self, recipe: Recipe) -> float:
         """Returns the sum of the errors of single layers."""

@@ -9,7 +9,8 @@ Two kinds of bits, never one without the other:
 - *stored bits*: 8 times the bytes on disk, of everything, over all parameters of the original.
 
 Codes are stored as `bf_lib.packing` packs them; scales, biases, norms and what is not quantized
-as float16; and the header of a safetensors file as what it is, JSON that names each tensor.
+as float16; and the header of a safetensors file as what it is, JSON that names each tensor. The
+bytes are computed from the shapes, for a file that need not have been written.
 """
 
 __all__ = ["SizeReport", "meta_unet_of", "size_report"]

@@ -3,12 +3,17 @@
 __all__ = [
     "FAMILIES",
     "METRICS",
+    "additivity",
+    "block_sizes",
     "correlation_heatmaps",
+    "cumulative_damage",
     "error_by_layer",
     "error_by_levels",
     "estimate_scatter",
+    "eta_study",
     "family_of",
     "fidelity",
+    "frontier",
     "layer_card",
     "paper_intervals",
     "parameters_by_block",
@@ -16,11 +21,13 @@ __all__ = [
     "parameters_by_role",
     "pull_scatter",
     "reliability_bars",
+    "roles_compared",
     "scatter_matrix",
     "sensitivity_bars",
     "sensitivity_by_role",
     "short",
     "steps_to_converge",
+    "time_damage",
     "training_curves",
     "training_gain",
     "training_scatter",
@@ -47,6 +54,15 @@ from bf_lib.plots.grids import (
     error_by_levels,
     steps_to_converge,
     weight_histograms,
+)
+from bf_lib.plots.recipes import (
+    additivity,
+    block_sizes,
+    cumulative_damage,
+    eta_study,
+    frontier,
+    roles_compared,
+    time_damage,
 )
 from bf_lib.plots.sensitivity import METRICS, layer_card, sensitivity_bars, sensitivity_by_role
 from bf_lib.plots.training import training_curves
