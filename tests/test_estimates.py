@@ -14,8 +14,8 @@ from bf_lib.sampling import PromptEmbeds, Sampler, encode_prompts
 from bf_lib.sensitivity import Estimate, estimate
 from bf_lib.sensitivity.candidates import quantized
 from bf_lib.sensitivity.estimates import Portion, byte_error, combined
-from bf_lib.sensitivity.gradients import recorded
 from bf_lib.sensitivity.single_step import noise_errors, remembered, resumed
+from bf_lib.sensitivity.trajectory import recorded
 
 PROMPTS = ("a red star", "two rings", "a moon")
 SAMPLER = Sampler(steps=2, guidance=2.0, batch=2)

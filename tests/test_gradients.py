@@ -19,10 +19,10 @@ from bf_lib.sensitivity import gradients
 from bf_lib.sensitivity.gradients import (
     image_projections,
     noise_projections,
-    recorded,
     weight_deltas,
 )
 from bf_lib.sensitivity.seeds import derived_seeds
+from bf_lib.sensitivity.trajectory import recorded
 
 SAMPLER = Sampler(steps=3, guidance=2.5, batch=2)
 SEEDS = (4, 7)

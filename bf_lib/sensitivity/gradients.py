@@ -17,18 +17,14 @@ one step's activations in memory at a time.
 
 __all__ = [
     "Deltas",
-    "Step",
     "image_projections",
     "noise_projections",
-    "recorded",
     "weight_deltas",
 ]
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +33,9 @@ from torch import Tensor, nn
 
 from bf_lib.grids import alternating_scale, fake_quantize, levels_of_bits
 from bf_lib.layers import Layer, get_layer
-from bf_lib.sampling import PromptEmbeds, Sampler, denoise, generators_of, latent_shape
+from bf_lib.sampling import PromptEmbeds, Sampler, generators_of, latent_shape
 from bf_lib.sensitivity.seeds import derived_seeds
+from bf_lib.sensitivity.trajectory import Step, recorded, replayed
 
 Deltas = dict[str, Tensor]  # layer -> what quantization adds to its weight, (bits, out, *)
 
@@ -84,7 +81,7 @@ def image_projections(
     steps = recorded(pipe, embeds, seeds, sampler)
     leaves = [step.noise.clone().requires_grad_() for step in steps]
     with _frozen(pipe.unet, pipe.vae), torch.enable_grad():
-        inputs, latents = _replayed(pipe, leaves, embeds, seeds, sampler)
+        inputs, latents = replayed(pipe, leaves, embeds, seeds, sampler)
         pulled = _through_decoder(pipe, latents.detach(), _directions(pipe, seeds, projections))
         total = torch.zeros(())
         later: list[Tensor] = []  # what pulls at the inputs of the steps after this one
@@ -130,62 +127,6 @@ def noise_projections(
             products, _ = _pull_back(pipe.unet, deltas, step, pull)
             found.append(_per_sample(products, len(seeds)))
     return torch.stack(found)
-
-
-# ---- the way of the latents
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """One evaluation of the UNet; with guidance a sample has two rows."""
-
-    x: Tensor  # (rows, channels, height, width)
-    t: Tensor
-    text: Tensor  # (rows, tokens, width)
-    noise: Tensor  # (rows, channels, height, width)
-
-
-@torch.no_grad()
-def recorded(
-    pipe: StableDiffusionPipeline, embeds: PromptEmbeds, seeds: Sequence[int], sampler: Sampler
-) -> list[Step]:
-    """Draws the latents, and returns all that the UNet was asked and answered."""
-    steps: list[Step] = []
-
-    def unet(x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **options: bool) -> tuple:
-        noise = pipe.unet(x, t, encoder_hidden_states=encoder_hidden_states, **options)[0]
-        steps.append(Step(x, t, encoder_hidden_states, noise))
-        return (noise,)
-
-    denoise(_with_unet(pipe, unet), embeds, seeds, sampler)
-    return steps
-
-
-def _replayed(
-    pipe: StableDiffusionPipeline,
-    noise: Sequence[Tensor],
-    embeds: PromptEmbeds,
-    seeds: Sequence[int],
-    sampler: Sampler,
-) -> tuple[list[Tensor], Tensor]:
-    """Runs the scheduler alone, on noise that is given; returns the UNet's inputs and the latents.
-
-    Both are then functions of the noise that gradients can be taken of.
-    """
-    inputs: list[Tensor] = []
-
-    def unet(x: Tensor, *_: object, **options: object) -> tuple:
-        inputs.append(x)
-        return (noise[len(inputs) - 1],)
-
-    latents = denoise(_with_unet(pipe, unet), embeds, seeds, sampler)
-    return inputs, latents
-
-
-def _with_unet(pipe: StableDiffusionPipeline, unet: object) -> SimpleNamespace:
-    """Stands for a pipeline with another UNet, as far as `denoise` asks."""
-    unet.config = pipe.unet.config
-    return SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
 
 
 # ---- backward passes

@@ -20,7 +20,7 @@ from bf_lib.grids import levels_of_bits
 from bf_lib.layers import Layer
 from bf_lib.sampling import PromptEmbeds, Sampler
 from bf_lib.sensitivity.candidates import quantized
-from bf_lib.sensitivity.gradients import Step, recorded
+from bf_lib.sensitivity.trajectory import Step, recorded
 
 # A resnet, a transformer or a change of resolution: what runs one after the other in a block.
 PART = re.compile(r"(down_blocks|up_blocks|mid_block)(\.\d+)?\.\w+\.\d+")
