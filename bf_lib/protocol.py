@@ -6,24 +6,29 @@ __all__ = [
     "study_layers",
     "study_prompts",
     "study_sweep",
+    "study_trials",
     "training_captions",
+    "trials_of",
     "with_training",
 ]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
 
+from bf_lib.evaluation import challenges
 from bf_lib.layers import Layer
 from bf_lib.paths import ROOT
+from bf_lib.recipe import Recipe
 from bf_lib.sampling import Sampler
 from bf_lib.scenes import caption, sample_scene
 from bf_lib.sensitivity.estimates import Estimate
 from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.sensitivity.trained import TrainedSweep, Training
 from bf_lib.study import Study
+from bf_lib.trials import Trials
 
 
 def study_prompts(study: Study, seed: int) -> list[str]:
@@ -106,6 +111,30 @@ def with_training(study: Study, sweep: Sweep, layers: Sequence[Layer], seed: int
     given = {field.name: getattr(sweep, field.name) for field in fields(sweep)}
     chosen = tuple(layer.name for layer in layers)
     return TrainedSweep(**given | {"layers": chosen}, training=training)
+
+
+def study_trials(study: Study, recipes: Mapping[str, Recipe], seed: int) -> Trials:
+    """Returns the trials of recipes by images that no sensitivity was measured on.
+
+    For `mini` the prompts are challenges, so that its scene judge can say whether images show what
+    they ask for. SD-v1.5 has the PartiPrompts of the sweep again, with other seeds.
+
+    Arguments:
+        study: The study, which says how many challenges.
+        recipes: By their names.
+        seed: That of the study; challenges of other seeds than these are left for evaluation.
+    """
+    judged = (study.challenges, 100 + seed) if study.model == "mini" else None
+    asked = [c.prompt for c in challenges(*judged)] if judged else study_prompts(study, seed)
+    return trials_of(study_sweep(study, asked, [], seed + 1), recipes, judged)
+
+
+def trials_of(
+    sweep: Sweep, recipes: Mapping[str, Recipe], judged: tuple[int, int] | None = None
+) -> Trials:
+    """Returns the trials of recipes by the prompts and seeds of a sweep."""
+    named = ((name, tuple(recipe.levels.items())) for name, recipe in recipes.items())
+    return Trials(sweep, tuple(named), judged)
 
 
 def study_estimate(

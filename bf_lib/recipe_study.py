@@ -58,10 +58,17 @@ def weight_error_table(
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(levels))
 
 
-def error_table(sensitivity: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Returns one metric of the sweep, with a row for each layer and a column for each level."""
+def error_table(sensitivity: pd.DataFrame, metric: str, layers: Sequence[Layer]) -> pd.DataFrame:
+    """Returns one metric of the sweep, with a row for each layer and a column for each level.
+
+    Arguments:
+        sensitivity: The table of the sweep, or of an estimate.
+        metric: A column of it.
+        layers: The layers to have a row; those that were not swept count as harmless.
+    """
     wide = sensitivity.pivot(index="layer", columns="levels", values=metric)
-    return wide.loc[sensitivity.layer.unique()].rename_axis(index=None, columns=None)
+    names = [layer.name for layer in layers]
+    return wide.reindex(names, fill_value=0.0).rename_axis(index=None, columns=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 COUNTS = (
     *("prompts", "steps", "batch", "threads"),
     *("repeats", "repeat_layers", "trained_layers", "trained_steps", "estimate_batch"),
+    *("challenges", "random_recipes", "recipe_sizes"),
 )
 
 
@@ -37,6 +38,9 @@ class Study:
     trained_steps: int = 48  # of that training
     trained_lr: float = 1e-3  # of the layer alone; the paper gives none
     estimate_batch: int = 4  # prompts of an estimate at once: their activations are kept
+    challenges: int = 16  # of each of six tasks, for `mini`: what recipes are judged by
+    random_recipes: int = 20  # beside which the others are seen, at each of two sizes
+    recipe_sizes: int = 6  # sizes at which recipes are compared, the smallest first
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -94,7 +98,8 @@ _MINI = {
 PRESETS: dict[str, dict[str, object]] = {
     "smoke": _MINI
     | {"prompts": 2, "steps": 2, "batch": 2, "layers": 6, "workers": 1}
-    | {"repeats": 2, "repeat_layers": 3, "trained_layers": 2, "trained_steps": 2},
+    | {"repeats": 2, "repeat_layers": 3, "trained_layers": 2, "trained_steps": 2}
+    | {"challenges": 1, "random_recipes": 2, "recipe_sizes": 2},
     "mini": _MINI,
     "sd15": {
         "model": "sd15",

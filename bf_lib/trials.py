@@ -5,7 +5,7 @@ quantizes all layers that it names at once, with the alternating scale (BitsFusi
 draws the same prompts from the same seeds as the full-precision model.
 """
 
-__all__ = ["Trial", "Trials", "all_quantized", "trial_table"]
+__all__ = ["Trial", "Trials", "all_quantized", "difference", "score_intervals", "trial_table"]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +21,7 @@ from bf_lib.judges import load_scene_judge, read_scenes
 from bf_lib.mini import to_float
 from bf_lib.models import MODELS
 from bf_lib.sensitivity.candidates import quantized
+from bf_lib.sensitivity.correlation import interval
 from bf_lib.sensitivity.sweep import Bench as ImageBench
 from bf_lib.sensitivity.sweep import Sweep
 
@@ -127,3 +128,41 @@ def trial_table(rows: Iterable[Mapping], names: Sequence[str]) -> pd.DataFrame:
         record |= {"clip": np.mean(row["clip"]), "clip_drop": np.mean(reference - row["clip"])}
         records.append(record | ({"scene": np.mean(row["passed"])} if "passed" in row else {}))
     return pd.DataFrame(records)
+
+
+def score_intervals(
+    rows: Iterable[Mapping], names: Sequence[str], scores: Sequence[str]
+) -> pd.DataFrame:
+    """Returns scores of trials with their 95 % intervals: what other prompts might have given.
+
+    Arguments:
+        rows: Those of `Trials`.
+        names: Which trials, in this order.
+        scores: Of "mse", "psnr", "perceptual", "clip" and "passed".
+
+    Returns:
+        Columns name, score, value, low and high.
+    """
+    found = {row["name"]: row for row in rows}
+    return pd.DataFrame(
+        {"name": name, "score": score} | _mean(np.array(found[name][score], float))
+        for score in scores
+        for name in names
+    )
+
+
+def difference(rows: Iterable[Mapping], first: str, second: str, score: str) -> dict[str, float]:
+    """Returns by how much the first trial's mean score is above the second's, prompt by prompt.
+
+    Both draw the same prompts from the same seeds, so the interval is that of paired differences.
+
+    Returns:
+        The values value, low and high (95 %, over prompts).
+    """
+    found = {row["name"]: row for row in rows}
+    return _mean(np.array(found[first][score], float) - np.array(found[second][score], float))
+
+
+def _mean(values: np.ndarray) -> dict[str, float]:
+    low, high = interval(np.mean, values, method="percentile")
+    return {"value": float(values.mean()), "low": low, "high": high}

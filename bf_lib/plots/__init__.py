@@ -28,6 +28,7 @@ __all__ = [
     "short",
     "steps_to_converge",
     "time_damage",
+    "time_map",
     "training_curves",
     "training_gain",
     "training_scatter",
@@ -62,7 +63,7 @@ from bf_lib.plots.recipes import (
     eta_study,
     frontier,
     roles_compared,
-    time_damage,
 )
 from bf_lib.plots.sensitivity import METRICS, layer_card, sensitivity_bars, sensitivity_by_role
+from bf_lib.plots.times import time_damage, time_map
 from bf_lib.plots.training import training_curves

@@ -7,8 +7,9 @@ __all__ = [
     "eta_study",
     "frontier",
     "roles_compared",
-    "time_damage",
 ]
+
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bf_lib.pictures import WIDTH
-from bf_lib.plots.families import FAMILIES, bits_in_words, family_of
+from bf_lib.plots.families import FAMILIES, family_of
 from bf_lib.plots.sensitivity import METRICS
 
 # method -> its colour and marker, the same in every figure
@@ -25,6 +26,7 @@ METHODS = {
     "paper's rule": ("#D55E00", "o"),
     "optimum, sweep": ("#0072B2", "^"),
     "optimum, estimate": ("#009E73", "v"),
+    "published for SD-v1.5": ("#CC79A7", "D"),
 }
 SCORES = {
     "mse": METRICS["mse"],
@@ -34,7 +36,7 @@ SCORES = {
 CLOUD = {"color": "#bbbbbb", "marker": ".", "ms": 6, "lw": 0, "zorder": 1}
 
 
-def frontier(rows: pd.DataFrame, full: pd.Series) -> Figure:
+def frontier(rows: pd.DataFrame, full: Mapping[str, float]) -> Figure:
     """What recipes do to images against what they weigh, one pair of axes a score.
 
     Arguments:
@@ -161,23 +163,4 @@ def block_sizes(parts: pd.DataFrame) -> Figure:
     axis.grid(axis="x")
     axis.set_xlabel("stored MB")
     figure.legend(loc="outside upper center", ncols=3)
-    return figure
-
-
-def time_damage(rows: pd.DataFrame) -> Figure:
-    """Image error of quantized time layers beside that of as many weights elsewhere.
-
-    Arguments:
-        rows: Columns bits, part ("time layers", or the name of a random set) and mse.
-    """
-    figure, axis = plt.subplots(figsize=(WIDTH / 2, 2.9))
-    sets = rows[rows.part != "time layers"]
-    axis.plot(sets.bits, sets.mse, label="other layers, same bytes", **CLOUD)
-    middle = sets.groupby("bits").mse.median()
-    axis.plot(middle.index, middle, color="#888888", lw=1, label="their median")
-    part = rows[rows.part == "time layers"]
-    axis.plot(part.bits, part.mse, "o-", color="#D55E00", label="time layers")
-    axis.set(yscale="log", ylabel=METRICS["mse"])
-    axis.set_xticks(sorted(rows.bits.unique()), map(bits_in_words, sorted(rows.bits.unique())))
-    axis.legend()
     return figure
