@@ -77,8 +77,11 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Writes the recipe as JSON, completely or not at all."""
-        content = {"format": FORMAT, "levels": dict(self.levels), "made": dict(self.made)}
-        write_atomically(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+        write_atomically(Path(path), (json.dumps(self.record(), indent=1) + "\n").encode())
+
+    def record(self) -> dict[str, Any]:
+        """Returns what `save` writes."""
+        return {"format": FORMAT, "levels": dict(self.levels), "made": dict(self.made)}
 
     def check(self, unet: nn.Module) -> None:
         """Makes sure that the recipe fits a UNet, which may be on the meta device.

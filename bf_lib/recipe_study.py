@@ -3,16 +3,19 @@
 __all__ = [
     "LEVELS",
     "Choices",
+    "agreement_table",
+    "ascending",
+    "at_random",
     "by_optimum",
     "by_rule",
-    "at_random",
-    "ascending",
     "error_table",
+    "mean_bits",
     "uniform",
     "weight_error_table",
+    "weighted_pair",
 ]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -38,6 +41,7 @@ from bf_lib.grids import (
 )
 from bf_lib.layers import Layer, get_layer
 from bf_lib.recipe import Recipe
+from bf_lib.sensitivity.correlation import rank_agreement
 from bf_lib.sizes import size_report
 
 LEVELS = tuple(levels_of_bits(b) for b in range(1, 8))  # 3 to 129: Alg. 1 ends at 7 bits
@@ -48,13 +52,12 @@ def weight_error_table(
 ) -> pd.DataFrame:
     """Returns the relative squared error of each layer's weights at each number of levels."""
 
-    def error(layer: Layer, count: int) -> float:
+    def errors(layer: Layer) -> list[float]:
         weight = get_layer(unet, layer.name).weight.detach()
-        return float(
-            relative_mse(weight, fake_quantize(weight, alternating_scale(weight, count), count))
-        )
+        rounded = (fake_quantize(weight, alternating_scale(weight, n), n) for n in levels)
+        return [float(relative_mse(weight, approximation)) for approximation in rounded]
 
-    rows = {layer.name: [error(layer, count) for count in levels] for layer in layers}
+    rows = {layer.name: errors(layer) for layer in layers}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(levels))
 
 
@@ -69,6 +72,15 @@ def error_table(sensitivity: pd.DataFrame, metric: str, layers: Sequence[Layer])
     wide = sensitivity.pivot(index="layer", columns="levels", values=metric)
     names = [layer.name for layer in layers]
     return wide.reindex(names, fill_value=0.0).rename_axis(index=None, columns=None)
+
+
+def weighted_pair(mse: pd.DataFrame, drops: pd.DataFrame, weight: float) -> pd.DataFrame:
+    """Returns (1 - weight) times the image errors plus weight times the CLIP drops.
+
+    Both are divided by their mean magnitude first, since they have different units.
+    """
+    first, second = (table / table.abs().to_numpy().mean() for table in (mse, drops))
+    return (1 - weight) * first + weight * second
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,3 +194,41 @@ def ascending(choices: Choices, levels: int, counts: Sequence[int]) -> list[Reci
     """
     order = choices.errors[levels].sort_values().index
     return [Recipe(dict.fromkeys(order[:count], levels)) for count in counts]
+
+
+# ---- recipes beside each other
+
+
+def mean_bits(layers: Sequence[Layer], recipes: Mapping[str, Recipe], over: str) -> pd.DataFrame:
+    """Returns the mean of the paper's bits over the layers of each role, or of each block.
+
+    Arguments:
+        layers: Layers that all recipes name.
+        recipes: By what their columns are to be called.
+        over: "role", "block", or "name" for the layers themselves.
+
+    Returns:
+        The column `over`, and one for each recipe.
+    """
+    table = pd.DataFrame({over: [getattr(layer, over) for layer in layers]})
+    for name, recipe in recipes.items():
+        table[name] = [nominal_bits(recipe.levels[layer.name]) for layer in layers]
+    return table.groupby(over, sort=False).mean().reset_index()
+
+
+def agreement_table(
+    layers: Sequence[Layer], recipes: Mapping[str, Recipe], reference: str
+) -> pd.DataFrame:
+    """Correlates the bits of recipes with those of one of them, by rank.
+
+    Returns:
+        Columns recipe, over ("name" for single layers, "role" or "block" for their means), count
+        (of layers, roles or blocks), spearman, low and high (95 %, over these).
+    """
+    records = []
+    for name in recipes:
+        for over in ("name", "role", "block") if name != reference else ():
+            table = mean_bits(layers, {n: recipes[n] for n in (reference, name)}, over)
+            found = rank_agreement(table[reference], table[name])
+            records.append({"recipe": name, "over": over, "count": len(table)} | found)
+    return pd.DataFrame(records)

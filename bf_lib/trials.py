@@ -8,22 +8,25 @@ draws the same prompts from the same seeds as the full-precision model.
 __all__ = ["Trial", "Trials", "all_quantized", "difference", "score_intervals", "trial_table"]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from diffusers import StableDiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from bf_lib.evaluation import challenges, passes
+from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.judges import load_scene_judge, read_scenes
 from bf_lib.mini import to_float
 from bf_lib.models import MODELS
-from bf_lib.sensitivity.candidates import quantized
 from bf_lib.sensitivity.correlation import interval
 from bf_lib.sensitivity.sweep import Bench as ImageBench
 from bf_lib.sensitivity.sweep import Sweep
+
+Scales = dict[tuple[str, int], Tensor]  # by layer and levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Bench:
 
     def __init__(self, trials: Trials, pipe: StableDiffusionPipeline) -> None:
         self.recipes = {name: dict(levels) for name, levels in trials.recipes} | {FULL: {}}
+        self.scales: Scales = {}
         self.images = ImageBench(trials.sweep, pipe)
         self.asked = challenges(*trials.judged) if trials.judged else []
         self.judge = load_scene_judge(MODELS["mini"]) if trials.judged else None
@@ -94,7 +98,7 @@ class Bench:
         Raises:
             ValueError: If a weight or an image is NaN or infinite.
         """
-        with all_quantized(self.images.pipe.unet, self.recipes[task.name]):
+        with all_quantized(self.images.pipe.unet, self.recipes[task.name], self.scales):
             images = self.images.draw()
         row = asdict(task) | self.images.measure(images)
         if self.judge is not None:
@@ -104,12 +108,39 @@ class Bench:
 
 
 @contextmanager
-def all_quantized(unet: nn.Module, levels: Mapping[str, int]) -> Iterator[None]:
-    """Quantizes layers for the duration of the block, then puts their weights back bit for bit."""
-    with ExitStack() as stack:
+def all_quantized(
+    unet: nn.Module, levels: Mapping[str, int], scales: Scales | None = None
+) -> Iterator[None]:
+    """Quantizes layers for the duration of the block, then puts their weights back bit for bit.
+
+    Arguments:
+        unet: The model.
+        levels: The levels of each layer, by its name.
+        scales: Scales that are known; those that are not are added. To find them takes most of
+            the time, and many recipes have the same ones.
+
+    Raises:
+        ValueError: If a layer's weight cannot be quantized; it says which layer it is.
+    """
+    scales = {} if scales is None else scales
+    kept: dict[str, Tensor] = {}
+    try:
         for name, count in levels.items():
-            stack.enter_context(quantized(unet, name, count))
+            weight = unet.get_submodule(name).weight
+            kept[name] = weight.detach().clone()
+            try:
+                if (name, count) not in scales:
+                    scales[name, count] = alternating_scale(kept[name], count)
+                approximation = fake_quantize(kept[name], scales[name, count], count)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            with torch.no_grad():
+                weight.copy_(approximation)
         yield
+    finally:
+        with torch.no_grad():
+            for name, weight in kept.items():
+                unet.get_submodule(name).weight.copy_(weight)
 
 
 def trial_table(rows: Iterable[Mapping], names: Sequence[str]) -> pd.DataFrame:

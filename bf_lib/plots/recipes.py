@@ -122,9 +122,10 @@ def roles_compared(rows: pd.DataFrame, column: str) -> Figure:
     """Mean bits of two recipes by role or by block, one line from one to the other.
 
     Arguments:
-        rows: Indexed by role or block; columns are the two recipes, by name.
+        rows: A column of roles or blocks, and one for each of the two recipes, by its name.
         column: "role" or "block".
     """
+    rows = rows.set_index(column)
     first, second = rows.columns
     rows = rows.sort_values(first, ascending=False) if column == "role" else rows
     place = np.arange(len(rows))
