@@ -22,7 +22,7 @@ def lines(axis):
 
 
 def test_a_frontier_has_a_line_a_method_in_order_of_size():
-    figure = plots.frontier(ROWS, pd.Series({"clip": 0.31, "scene": 0.9}))
+    figure = plots.frontier(ROWS, {"clip": 0.31, "scene": 0.9})
     assert [axis.get_title() for axis in figure.axes] == [
         *("MSE", "CLIP score", "scene score"),
     ]
@@ -34,7 +34,7 @@ def test_a_frontier_has_a_line_a_method_in_order_of_size():
 
 def test_without_a_scene_judge_there_is_one_axis_less():
     rows = ROWS.drop(columns="scene")
-    assert len(plots.frontier(rows, pd.Series({"clip": 0.31})).axes) == 2
+    assert len(plots.frontier(rows, {"clip": 0.31}).axes) == 2
 
 
 def test_predictions_stand_beside_measurements():
@@ -68,7 +68,7 @@ def test_eta_has_intervals():
 @pytest.mark.parametrize("column", ["role", "block"])
 def test_two_recipes_are_compared(column):
     names = ["ff.in", "resnet.conv1"] if column == "role" else ["down0", "up3"]
-    rows = pd.DataFrame({"published": [1.8, 2.5], "ours": [2.0, 1.0]}, index=names)
+    rows = pd.DataFrame({column: names, "published": [1.8, 2.5], "ours": [2.0, 1.0]})
     (axis,) = plots.roles_compared(rows, column).axes
     top = names[::-1] if column == "role" else names
     assert [label.get_text() for label in axis.get_yticklabels()] == top
@@ -101,3 +101,11 @@ def test_time_layers_stand_beside_the_median_of_sets():
     drawn = lines(axis)
     assert np.array_equal(drawn["time layers"].get_ydata(), [9.0, 4.5])
     assert np.array_equal(drawn["their median"].get_ydata(), [2.0, 1.0])
+
+
+def test_features_are_drawn_over_time():
+    values = [[0.0, 1.0, -3.0], [0.0, 2.0, -1.0]]  # two steps, of three features
+    figure = plots.time_map([25.0, 975.0], values)
+    (image,) = figure.axes[0].images
+    assert image.get_array().tolist() == [[0, 0], [1, 2], [-3, -1]]  # by what they gain
+    assert image.get_extent()[:2] == [25, 975] and image.get_clim() == (-3, 3)

@@ -7,16 +7,20 @@ from toys import toy_unet
 
 from bf_lib.allocation import ImpossibleBudget
 from bf_lib.layers import list_layers
+from bf_lib.recipe import Recipe
 from bf_lib.recipe_study import (
     LEVELS,
     Choices,
+    agreement_table,
     ascending,
     at_random,
     by_optimum,
     by_rule,
     error_table,
+    mean_bits,
     uniform,
     weight_error_table,
+    weighted_pair,
 )
 from bf_lib.sizes import size_report
 
@@ -104,8 +108,39 @@ def test_the_least_sensitive_layers_come_first(choices):
     assert chosen.max() <= choices.errors[3].drop(chosen.index).min()
 
 
-def test_a_table_of_the_sweep_becomes_one_of_layers():
-    rows = [("b", 3, 2.0), ("b", 5, 1.0), ("a", 3, 4.0), ("a", 5, 3.0)]
-    found = error_table(pd.DataFrame(rows, columns=["layer", "levels", "mse"]), "mse")
-    assert found.to_dict("index") == {"b": {3: 2.0, 5: 1.0}, "a": {3: 4.0, 5: 3.0}}
-    assert list(found.index) == ["b", "a"]
+def test_a_table_of_the_sweep_becomes_one_of_layers(unet):
+    first, second, third = list_layers(unet)[:3]
+    rows = [(second, 3, 2.0), (second, 5, 1.0), (first, 3, 4.0), (first, 5, 3.0)]
+    sweep = pd.DataFrame([(layer.name, *rest) for layer, *rest in rows])
+    sweep.columns = ["layer", "levels", "mse"]
+    found = error_table(sweep, "mse", [first, second, third])
+    assert list(found.index) == [first.name, second.name, third.name]
+    assert list(found.columns) == [3, 5]
+    # The third was not swept, and counts as harmless.
+    assert found.to_numpy().tolist() == [[4.0, 3.0], [2.0, 1.0], [0.0, 0.0]]
+
+
+def test_two_metrics_are_weighted_by_their_size():
+    mse = pd.DataFrame({3: [2.0, 6.0]}, index=["a", "b"])  # of mean size 4
+    drops = pd.DataFrame({3: [-0.1, 0.3]}, index=["a", "b"])  # of mean size 0.2
+    assert weighted_pair(mse, drops, 0.0)[3].tolist() == [0.5, 1.5]
+    assert weighted_pair(mse, drops, 1.0)[3].tolist() == pytest.approx([-0.5, 1.5])
+    assert weighted_pair(mse, drops, 0.25)[3].tolist() == pytest.approx([0.25, 1.5])
+
+
+def test_recipes_are_compared_by_layer_role_and_block(unet):
+    layers = list_layers(unet)
+    place = {layer.name: n for n, layer in enumerate(layers)}
+    rising = Recipe({name: 3 if n < 128 else 17 for name, n in place.items()})
+    falling = Recipe({name: 17 if n < 128 else 3 for name, n in place.items()})
+    recipes = {"rising": rising, "again": rising, "falling": falling}
+    found = agreement_table(layers, recipes, "rising").set_index(["recipe", "over"])
+    assert set(found.index.get_level_values("over")) == {"name", "role", "block"}
+    assert found.spearman.loc["again"].tolist() == pytest.approx([1, 1, 1])
+    assert found.spearman.loc["falling"].tolist() == pytest.approx([-1, -1, -1])
+    assert found["count"].loc["again", "name"] == 256
+    bits = mean_bits(layers, recipes, "block").set_index("block")
+    assert (bits.rising + bits.falling).tolist() == pytest.approx([5] * len(bits))
+    first = [layer for layer in layers if layer.block == "mid"]
+    share = np.mean([place[layer.name] >= 128 for layer in first])
+    assert bits.rising["mid"] == pytest.approx(1 + 3 * share)
