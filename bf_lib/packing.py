@@ -9,7 +9,16 @@ lowest digit first. So the digits of many words come apart together, by operatio
 tensors, and lie where they belong.
 """
 
-__all__ = ["Word", "has_only_codes", "pack", "packed_bytes", "unpack", "word"]
+__all__ = [
+    "Word",
+    "digits",
+    "from_digits",
+    "has_only_codes",
+    "pack",
+    "packed_bytes",
+    "unpack",
+    "word",
+]
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,10 +100,8 @@ def pack(codes: Tensor, levels: int) -> Tensor:
     planes = filled.view(unit.codes, count)
     words = torch.empty(count, dtype=unit.dtype, device=codes.device)
     for part in _parts(count, unit):
-        total = torch.zeros(len(words[part]), dtype=torch.int64, device=codes.device)
-        for plane in planes.flip(0)[:, part]:
-            total.mul_(levels).add_(plane).add_(bound)
-        words[part] = total.to(unit.dtype)  # wraps to the signed number of the same bits
+        numbers = from_digits(planes[:, part].to(torch.int64).add_(bound), levels)
+        words[part] = numbers.to(unit.dtype)  # wraps to the signed number of the same bits
     return words
 
 
@@ -120,7 +127,7 @@ def unpack(words: Tensor, levels: int, count: int) -> Tensor:
     planes = torch.empty(unit.codes, len(words), dtype=kind, device=words.device)
     for part in _parts(len(words), unit):
         numbers = _unsigned(words[part])
-        for plane, digit in zip(planes, _digits(numbers, levels, unit.codes), strict=True):
+        for plane, digit in zip(planes, digits(numbers, levels, unit.codes), strict=True):
             plane[part] = digit
     # In the type of codes the largest digits wrap to negative numbers, and this wraps them back.
     return planes.view(-1)[:count].sub_((levels - 1) // 2)
@@ -134,6 +141,38 @@ def has_only_codes(words: Tensor, levels: int) -> bool:
 
 
 # ---- digits
+
+
+def from_digits(planes: Tensor, levels: int) -> Tensor:
+    """Returns the numbers of some digits, in their type.
+
+    Arguments:
+        planes: The digits from 0 to levels - 1, with shape (count, n), the lowest first.
+        levels: The base.
+    """
+    numbers = torch.zeros_like(planes[0])
+    for plane in planes.flip(0):
+        numbers.mul_(levels).add_(plane)
+    return numbers
+
+
+def digits(numbers: Tensor, levels: int, count: int) -> Iterator[Tensor]:
+    """Yields the digits of numbers, the lowest first: the inverse of `from_digits`.
+
+    Numbers are halved, again and again: the upper digits from the lower ones.
+
+    Arguments:
+        numbers: From 0 to below levels^count, with shape (n,).
+        levels: The base.
+        count: How many digits.
+    """
+    if count == 1:
+        yield numbers
+        return
+    low = count // 2
+    upper, lower = _divided(numbers, levels**low, levels**count)
+    yield from digits(lower, levels, low)
+    yield from digits(upper, levels, count - low)
 
 
 def _codes(levels: int, size: int) -> int:
@@ -163,20 +202,6 @@ def _unsigned(words: Tensor) -> Tensor:
             return words.to(torch.int64).bitwise_and_(0xFFFFFFFF)
         case _:
             return words
-
-
-def _digits(numbers: Tensor, levels: int, count: int) -> Iterator[Tensor]:
-    """Yields the digits of numbers below levels^count, the lowest first.
-
-    Numbers are halved, again and again: the upper digits from the lower ones.
-    """
-    if count == 1:
-        yield numbers
-        return
-    low = count // 2
-    upper, lower = _divided(numbers, levels**low, levels**count)
-    yield from _digits(lower, levels, low)
-    yield from _digits(upper, levels, count - low)
 
 
 def _divided(numbers: Tensor, divisor: int, bound: int) -> tuple[Tensor, Tensor]:
