@@ -2,17 +2,24 @@
 
 from importlib import import_module
 
+from bf_lib.registration import register
+
 _HOMES = {
+    "BitsFusionConfig": "bf_lib.diffusers_quantizer",
     "Recipe": "bf_lib.recipe",
     "cache_time_features_": "bf_lib.timecache",
     "estimate": "bf_lib.sensitivity",
     "list_layers": "bf_lib.layers",
+    "load_packed": "bf_lib.diffusers_quantizer",
     "load_pipeline": "bf_lib.models",
     "published_recipe": "bf_lib.recipe",
     "run_job": "bf_lib.jobs",
+    "save_packed": "bf_lib.diffusers_quantizer",
     "size_report": "bf_lib.sizes",
 }
 __all__ = list(_HOMES)
+
+register()
 
 
 def __getattr__(name: str) -> object:

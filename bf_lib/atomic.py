@@ -1,6 +1,6 @@
 """Files and lines that are there completely or not at all."""
 
-__all__ = ["DiskFull", "append_line", "write_atomically"]
+__all__ = ["DiskFull", "append_line", "told_when_full", "write_atomically"]
 
 import errno
 import os
@@ -21,7 +21,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         path: The file; its folder is made when it is missing.
         data: The whole content.
     """
-    with _told_when_full(path, len(data)):
+    with told_when_full(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_and_rename(path, data)
 
@@ -37,7 +37,7 @@ def append_line(path: Path, line: str) -> None:
         line: The line, without a line break.
     """
     data = f"\n{line}".encode()
-    with _told_when_full(path, len(data)):
+    with told_when_full(path, len(data)):
         number = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
             # In one go, so that processes do not mix their lines.
@@ -48,15 +48,22 @@ def append_line(path: Path, line: str) -> None:
 
 
 @contextmanager
-def _told_when_full(path: Path, size: int) -> Iterator[None]:
+def told_when_full(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turns the error of a full disk into one that says what there was no room for.
+
+    Arguments:
+        path: What is written.
+        size: Its bytes, if they are known.
+    """
     try:
         yield
     except OSError as err:
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        said = "" if size is None else f" ({size / 1e6:.1f} MB)"
         raise DiskFull(
             err.errno,
-            f"no space left for {path.name} ({size / 1e6:.1f} MB); nothing was overwritten. "
+            f"no space left for {path.name}{said}; nothing was overwritten. "
             "Free some space and run the same command again",
             str(path.parent),
         ) from err

@@ -14,20 +14,24 @@ __all__ = [
     "PackedConv2d",
     "PackedLinear",
     "decoded_weight",
+    "half_scale",
     "pack_layer_",
     "packed_layers",
+    "packed_weight",
+    "prepare_",
     "set_residency",
     "unpack_layer_",
 ]
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from bf_lib.grids import check_scale, quantize
-from bf_lib.packing import pack, packed_bytes, unpack, word
+from bf_lib.grids import quantize
+from bf_lib.packing import pack, unpack, word
+from bf_lib.timecache import install_time_features_, unknown_features
 
 CHUNK = 1 << 18  # weights at once, in float32: what stays in the cache
 
@@ -110,45 +114,71 @@ class PackedLinear(Packed, nn.Linear):
 KINDS = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
 
 
+def half_scale(scale: Tensor) -> Tensor:
+    """Rounds scales to positive values of float16, in their own type."""
+    tiny, most = torch.finfo(torch.float16).smallest_normal / 1024, torch.finfo(torch.float16).max
+    return scale.clamp(tiny, most).to(torch.float16).to(scale.dtype)
+
+
 @torch.no_grad()
-def pack_layer_(module: nn.Module, levels: int, scale: Tensor | None = None) -> None:
+def packed_weight(weight: Tensor, levels: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a weight to a grid, and returns what a packed layer holds of it.
+
+    Arguments:
+        weight: The weight, with shape (out, *).
+        levels: The number of levels; odd, at least 3.
+        scale: The scale of each output channel, with shape (out, 1, ...), of values of float16
+            (`half_scale`).
+
+    Returns:
+        The words, and the bits of the scales with shape (out,), int16.
+    """
+    half = scale.to(torch.float16)
+    if not torch.equal(half.to(scale.dtype), scale):
+        raise ValueError("scales must be values of float16, as `half_scale` makes them")
+    codes = quantize(weight, scale.float(), levels).codes
+    return pack(codes, levels), half.flatten().view(torch.int16).clone()
+
+
+def pack_layer_(module: nn.Module, levels: int, words: Tensor, scale: Tensor) -> None:
     """Makes a convolution or linear layer a packed one, in place.
 
     Arguments:
-        module: Of class `nn.Conv2d` or `nn.Linear` itself. On the meta device only the shapes are
-            made, for a checkpoint to fill.
-        levels: The number of levels; odd, at least 3.
-        scale: The scale of each output channel, with shape (out, 1, ...), which float16 must hold
-            exactly (`half_scale`); not needed on the meta device.
+        module: Of class `nn.Conv2d` or `nn.Linear` itself.
+        levels: The number of levels of its grid.
+        words: What stands for its weight, and
+        scale: the bits of its scales: see `packed_weight`.
     """
     kind = KINDS.get(type(module))
     if kind is None:
         raise TypeError(f"a {type(module).__name__} cannot be packed, only Conv2d and Linear")
     weight = module.weight
-    if weight.device.type == "meta":
-        count = packed_bytes(levels, weight.numel()) // word(levels).bytes
-        words = torch.empty(count, dtype=word(levels).dtype, device="meta")
-        bits = torch.empty(len(weight), dtype=torch.int16, device="meta")
-    else:
-        check_scale(scale, weight)
-        half = scale.to(torch.float16)
-        if not torch.equal(half.to(scale.dtype), scale):
-            raise ValueError("scales must be values of float16, as `half_scale` makes them")
-        words = pack(quantize(weight, scale.float(), levels).codes, levels)
-        bits = half.flatten().view(torch.int16).clone()
-    become_packed_(module, levels, words, bits)
-
-
-def become_packed_(module: nn.Module, levels: int, words: Tensor, bits: Tensor) -> None:
-    """Gives a layer its packed class, and words and scales for its weight."""
-    weight = module.weight
-    kind = KINDS[type(module)]
     del module._parameters["weight"]
     module.__class__ = kind
     module.levels, module.shape, module.compute_dtype = levels, tuple(weight.shape), weight.dtype
     module.resident = False
     module.register_buffer("words", words)
-    module.register_buffer("scale", bits)
+    module.register_buffer("scale", scale)
+
+
+def prepare_(unet: nn.Module, levels: Mapping[str, int], timesteps: int | None) -> None:
+    """Gives a UNet on the meta device the shapes of a packed one, for a checkpoint to fill.
+
+    Arguments:
+        unet: The UNet, changed in place.
+        levels: The levels of each layer that is packed.
+        timesteps: For how many time-steps features are cached; None keeps the time layers.
+    """
+    modules = dict(unet.named_modules())
+    if unknown := sorted(set(levels) - set(modules)):
+        raise ValueError(f"the UNet has no layers {unknown[:3]}")
+    for name, count in levels.items():
+        weight, unit = modules[name].weight, word(count)
+        words = weight.new_empty(-(-weight.numel() // unit.codes), dtype=unit.dtype)
+        scale = weight.new_empty(len(weight), dtype=torch.int16)
+        pack_layer_(modules[name], count, words, scale)
+    if timesteps is not None:
+        install_time_features_(unet, unknown_features(unet, timesteps))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ __all__ = [
     "install_time_features_",
     "sampling_steps",
     "time_features",
+    "unknown_features",
 ]
 
 import copy
@@ -120,6 +121,15 @@ def time_features(
     if broken := [name for name, values in features.items() if not values.isfinite().all()]:
         raise ValueError(f"time features of {broken[0]} are NaN or infinite as {dtype}")
     return TimeFeatures(wanted, features)
+
+
+def unknown_features(unet: UNet2DConditionModel, count: int) -> TimeFeatures:
+    """Returns the shapes of features of so many time-steps, on the meta device."""
+    features = {
+        name: torch.empty(count, block.time_emb_proj.out_features, device="meta").half()
+        for name, block in _projecting(unet)
+    }
+    return TimeFeatures(torch.empty(count, device="meta"), features)
 
 
 def install_time_features_(unet: UNet2DConditionModel, known: TimeFeatures) -> None:
