@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class PackedModel:
             kwargs.setdefault("repo_id", Path(save_directory).name)
         try:
             with replaced_at_once(save_directory) as place:
-                super().save_pretrained(place, push_to_hub=push_to_hub, **kwargs)
+                super().save_pretrained(str(place), push_to_hub=push_to_hub, **kwargs)
         finally:
             quantizer.header = header
 
@@ -350,3 +351,8 @@ def _rounded(value: Tensor) -> Tensor:
 
 def _cache_(unet: UNet2DConditionModel, config: BitsFusionConfig) -> None:
     cache_time_features_(unet, config.timesteps, getattr(torch, config.features))
+
+
+# In place of what stood for them: diffusers compares the classes of configurations.
+auto.AUTO_QUANTIZER_MAPPING[KEY] = BitsFusionQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[KEY] = BitsFusionConfig

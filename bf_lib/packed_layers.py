@@ -81,6 +81,16 @@ class Packed:
     words: Tensor
     scale: Tensor  # int16: as floats they would be cast with the rest of a model
 
+    def __new__(cls, *args: object, **kwargs: object) -> nn.Module:
+        """Makes an ordinary layer: PEFT builds a LoRA's own layers of the class it finds.
+
+        A packed layer is not built but becomes one (`pack_layer_`), or is copied, without
+        arguments.
+        """
+        if args or kwargs:
+            return PLAIN[cls](*args, **kwargs)
+        return super().__new__(cls)
+
     @property
     def weight(self) -> Tensor:
         """The weight with shape (out, *), in the type that the layer computes in."""
@@ -112,6 +122,7 @@ class PackedLinear(Packed, nn.Linear):
 
 
 KINDS = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
+PLAIN = {packed: plain for plain, packed in KINDS.items()}
 
 
 def half_scale(scale: Tensor) -> Tensor:
@@ -189,7 +200,7 @@ def unpack_layer_(module: nn.Module) -> None:
         del module._buffers[name]
     for name in ("levels", "shape", "compute_dtype", "resident", "kept"):
         module.__dict__.pop(name, None)
-    module.__class__ = next(plain for plain, kind in KINDS.items() if isinstance(module, kind))
+    module.__class__ = PLAIN[type(module)]
     module.weight = nn.Parameter(weight, requires_grad=False)
 
 

@@ -1,0 +1,360 @@
+"""Packed UNets in diffusers: the same numbers, however they are packed, saved and loaded."""
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import PipelineQuantizationConfig, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.quantizers import auto
+from peft import LoraConfig
+from safetensors import safe_open
+from toys import WIDTH, toy_pipeline, toy_unet
+
+import bf_lib
+from bf_lib.checkpoint import CheckpointError
+from bf_lib.diffusers_quantizer import (
+    BitsFusionConfig,
+    BitsFusionQuantizer,
+    PackedModel,
+    load_packed,
+    pack_,
+    save_packed,
+)
+from bf_lib.grids import alternating_scale, fake_quantize
+from bf_lib.layers import TIMED, all_layers, get_layer, list_layers
+from bf_lib.packed_layers import half_scale, packed_layers, set_residency
+from bf_lib.recipe import Recipe, RecipeError
+from bf_lib.timecache import cache_time_features_
+
+STEPS = (1.0, 500.0, 999.0)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def full():
+    return toy_unet()
+
+
+@pytest.fixture(scope="module")
+def recipe(full):
+    levels = (3, 5, 9, 17, 33, 65, 129)
+    mixed = {layer.name: levels[n % 7] for n, layer in enumerate(list_layers(full))}
+    return Recipe(mixed | {"conv_in": 257, "conv_out": 257}, {"rule": "by turns"})
+
+
+@pytest.fixture(scope="module")
+def config(recipe):
+    return BitsFusionConfig(recipe, timesteps=STEPS, source="toy")
+
+
+@pytest.fixture(scope="module")
+def saved(full, config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    full.save_pretrained(folder / "full")
+    save_packed(full, folder / "packed", config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 7, WIDTH, generator=generator)
+    return {"sample": x, "timestep": torch.tensor([500, 1]), "encoder_hidden_states": text}
+
+
+@torch.no_grad()
+def answer(unet, asked):
+    return unet(**asked, return_dict=False)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(full, recipe, asked):
+    """What the UNet answers with weights that are rounded and remain what they were."""
+    unet = copy.deepcopy(full)
+    with torch.no_grad():
+        for name, levels in recipe.levels.items():
+            weight = get_layer(unet, name).weight
+            scale = half_scale(alternating_scale(weight, levels))
+            weight.copy_(fake_quantize(weight, scale, levels))
+        packed = {f"{name}.weight" for name in recipe.levels}
+        for name, value in unet.named_parameters():
+            if name not in packed:
+                value.copy_(value.half())
+    cache_time_features_(unet, STEPS)
+    return answer(unet, asked)
+
+
+def header_of(folder):
+    with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+        return json.loads(file.metadata()["bitsfusion"])
+
+
+# ---- the same numbers
+
+
+def test_save_and_load_give_what_was_rounded(saved, asked, expected, full):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    assert torch.equal(answer(unet, asked), expected)
+    assert len(packed_layers(unet)) == 258
+    assert not torch.equal(answer(full, asked), expected)
+
+
+def test_loading_misses_and_leaves_nothing(saved):
+    for options in ({}, {"quantization_config": BitsFusionConfig(Recipe(every(3)))}):
+        folder = saved / ("full" if options else "packed")
+        load = UNet2DConditionModel.from_pretrained
+        unet, info = load(folder, output_loading_info=True, **options)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "error_msgs"))
+        assert not any(value.is_meta for value in [*unet.parameters(), *unet.buffers()])
+
+
+def every(levels):
+    return {layer.name: levels for layer in list_layers(toy_unet())}
+
+
+def test_packing_while_loading_is_the_same(saved, config, tmp_path, asked, expected):
+    load = UNet2DConditionModel.from_pretrained
+    unet = load(saved / "full", quantization_config=config)
+    assert torch.equal(answer(unet, asked), expected)
+    unet.save_pretrained(tmp_path / "again")
+    assert content(tmp_path / "again") == content(saved / "packed")
+
+
+def content(folder):
+    """All that is in a file of weights; safetensors writes its metadata in any order."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said = file.metadata()
+    return said, {n: (t.dtype, t.tolist()) for n, t in tensors.items()}
+
+
+def test_a_second_save_is_the_same_file(saved, tmp_path):
+    UNet2DConditionModel.from_pretrained(saved / "packed").save_pretrained(tmp_path / "again")
+    assert content(tmp_path / "again") == content(saved / "packed")
+
+
+def test_a_compressed_checkpoint_is_the_same_model(saved, tmp_path, asked, expected, recipe):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    unet.save_pretrained(tmp_path / "zstd", compress="zstd")
+    assert header_of(tmp_path / "zstd")["compress"] == "zstd"
+    with safe_open(tmp_path / "zstd" / WEIGHTS, "pt") as file:
+        names = set(file.keys())
+    assert {f"{name}.zstd" for name in recipe.levels} <= names
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "zstd")
+    assert torch.equal(answer(again, asked), expected)
+    again.save_pretrained(tmp_path / "third")  # stays compressed
+    assert header_of(tmp_path / "third")["compress"] == "zstd"
+
+
+def test_shards_are_the_same_model(saved, tmp_path, asked, expected):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    unet.save_pretrained(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    again = load_packed(tmp_path / "many")
+    assert torch.equal(answer(again, asked), expected)
+    unet.save_pretrained(tmp_path / "many")  # the shards go
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) == 1
+    assert torch.equal(answer(load_packed(tmp_path / "many"), asked), expected)
+
+
+@pytest.mark.parametrize("residency", ["packed", "dense", 200_000, 0])
+def test_residency_changes_no_number(saved, asked, expected, residency):
+    unet = load_packed(saved / "packed", residency)
+    for _ in range(2):
+        assert torch.equal(answer(unet, asked), expected)
+    kept = [m for m in packed_layers(unet).values() if m.__dict__.get("kept") is not None]
+    size = sum(layer.kept.nbytes for layer in kept)
+    if residency == "dense":
+        assert len(kept) == 258
+    else:
+        assert size <= (0 if residency == "packed" else residency)
+        assert bool(kept) == (residency == 200_000)
+    set_residency(unet, "packed")
+    assert unet.get_memory_footprint() == sum(b.nbytes for b in unet.buffers()) + sum(
+        p.nbytes for p in unet.parameters()
+    )
+
+
+def test_copies_and_compiled_models_are_the_same(saved, asked, expected):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    twin = copy.deepcopy(unet)
+    del unet
+    assert torch.equal(answer(twin, asked), expected)
+    assert isinstance(twin.hf_quantizer, BitsFusionQuantizer)
+
+
+def test_a_layer_compiles_whole(saved):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    conv = unet.down_blocks[0].resnets[0].conv1
+    x = torch.randn(1, 8, 8, 8)
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), conv(x))
+
+
+def test_a_device_map_is_followed(saved, asked, expected):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed", device_map="cpu")
+    assert torch.equal(answer(unet, asked), expected)
+
+
+# ---- pipelines
+
+
+def test_a_pipeline_holds_a_packed_unet(saved, tmp_path):
+    pipe = toy_pipeline()
+    pipe.save_pretrained(tmp_path / "full")
+    recipe = BitsFusionConfig(Recipe(every(9)))
+    load = StableDiffusionPipeline.from_pretrained
+    options = {"safety_checker": None, "feature_extractor": None}
+    mapped = PipelineQuantizationConfig(quant_mapping={"unet": recipe})
+    packed = load(tmp_path / "full", quantization_config=mapped, **options)
+    assert isinstance(packed.unet, PackedModel)
+    packed.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed", **options)
+    images = [draw(p) for p in (packed, again, pipe)]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a", num_inference_steps=2, generator=generator, output_type="latent").images
+
+
+# ---- the traps of diffusers' quantizers
+
+
+def test_the_method_has_a_name_and_a_configuration_prints(config):
+    assert config.quant_method.value == config.quant_method == "bitsfusion"
+    assert "bitsfusion" in repr(config)
+
+
+def test_scales_survive_a_bfloat16_load(saved, tmp_path):
+    load = UNet2DConditionModel.from_pretrained
+    unet = load(saved / "packed", torch_dtype=torch.bfloat16)
+    x = torch.randn(1, 4, 8, 8, dtype=torch.bfloat16)
+    text = torch.randn(1, 7, WIDTH, dtype=torch.bfloat16)
+    assert unet(x, 500, encoder_hidden_states=text).sample.dtype == torch.bfloat16
+    unet.save_pretrained(tmp_path / "again")
+    first_layers = packed_layers(load(saved / "packed"))
+    for name, layer in packed_layers(load(tmp_path / "again")).items():
+        first = first_layers[name]
+        assert torch.equal(layer.scale, first.scale) and torch.equal(layer.words, first.words)
+        assert torch.equal(layer.weight, first.weight)
+
+
+def test_what_diffusers_refuses_of_quantized_models(saved):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    with pytest.raises(ValueError, match="low_cpu_mem_usage"):
+        UNet2DConditionModel.from_pretrained(saved / "packed", low_cpu_mem_usage=False)
+    for cast in (lambda: unet.to(torch.float16), unet.half, unet.float):
+        with pytest.raises(ValueError, match="quantized"):
+            cast()
+
+
+def test_parameters_and_bytes_are_counted(saved, full):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    time = sum(
+        parameter.numel() for name, parameter in full.named_parameters() if "time_emb" in name
+    )
+    assert unet.num_parameters() == full.num_parameters() - time
+    held = sum(value.nbytes for value in [*unet.parameters(), *unet.buffers()])
+    assert unet.get_memory_footprint() == held < full.get_memory_footprint() / 4
+
+
+def test_every_layer_is_packed_or_listed_with_a_reason(saved, full, recipe, tmp_path):
+    header = header_of(saved / "packed")
+    names = {layer.name for layer in all_layers(full)}
+    assert len(names) == 282 and header["levels"].keys() | header["left"].keys() == names
+    assert header["levels"] == dict(recipe.levels)
+    assert set(header["left"].values()) == {TIMED}
+    save_packed(full, tmp_path, BitsFusionConfig(Recipe(every(3))))
+    left = header_of(tmp_path)["left"]
+    assert {"conv_in", "conv_out"} < left.keys() and len(left) == 26
+    assert header["source"] == "toy" and header["made"]["rule"] == "by turns"
+
+
+def test_dequantized_is_an_ordinary_model(saved, asked, expected, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed").dequantize()
+    assert type(unet) is UNet2DConditionModel and not packed_layers(unet)
+    assert torch.equal(answer(unet, asked), expected)
+    unet.half()
+
+
+def test_a_lora_trains_runs_and_is_not_fused(saved, asked, expected):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    targets = ["to_q", "to_v", "conv1", "conv_shortcut"]
+    unet.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    assert not torch.equal(answer(unet, asked), expected)
+    trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    unet.train()
+    unet(**asked, return_dict=False)[0].square().mean().backward()
+    grads = [p.grad for p in trained.values()]
+    assert all(g is not None and g.isfinite().all() for g in grads)
+    assert sum(bool(g.abs().sum() > 0) for g in grads) > len(grads) / 2
+    with pytest.raises(NotImplementedError, match="dequantize"):
+        unet.fuse_lora()
+    unet.delete_adapters("default")
+    assert torch.equal(answer(unet.eval(), asked), expected)
+
+
+def test_a_pipeline_does_not_fuse_a_lora(saved):
+    pipe = toy_pipeline()
+    pack_(pipe.unet, BitsFusionConfig(Recipe(every(3))))
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(NotImplementedError, match="cannot take up a LoRA"):
+        pipe.fuse_lora(components=["unet"])
+
+
+def test_pushing_to_the_hub_uploads_what_was_saved(saved, tmp_path, monkeypatch):
+    from diffusers.models import modeling_utils
+
+    sent = {}
+
+    def upload(self, folder, repo_id, **_):
+        sent[repo_id] = content(Path(folder))
+
+    monkeypatch.setattr(UNet2DConditionModel, "_upload_folder", upload)
+    made = SimpleNamespace(repo_id="me/toy")
+    monkeypatch.setattr(modeling_utils, "create_repo", lambda *_, **__: made)
+    for name in ("load_or_create_model_card", "populate_model_card"):
+        monkeypatch.setattr(
+            modeling_utils, name, lambda *_, **__: SimpleNamespace(save=lambda _: None)
+        )
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    unet.save_pretrained(tmp_path / "toy", push_to_hub=True)
+    assert sent["me/toy"] == content(saved / "packed")
+    assert (tmp_path / "toy" / WEIGHTS).is_file()
+
+
+# ---- configurations
+
+
+def test_the_method_is_known_and_the_public_names_work(saved):
+    assert "bitsfusion" in auto.AUTO_QUANTIZER_MAPPING
+    assert bf_lib.load_packed is load_packed and bf_lib.save_packed is save_packed
+    assert bf_lib.BitsFusionConfig is BitsFusionConfig
+
+
+def test_what_cannot_be_packed_is_refused(full, saved):
+    with pytest.raises(RecipeError, match="missing"):
+        pack_(copy.deepcopy(full), BitsFusionConfig(Recipe({"conv_in": 3})))
+    load = UNet2DConditionModel.from_pretrained
+    with pytest.raises(ValueError, match="give BitsFusionConfig a recipe"):
+        load(saved / "full", quantization_config=BitsFusionConfig())
+    with pytest.raises(ValueError, match="scales must be"):
+        BitsFusionConfig(scales="best")
+    with pytest.raises(ValueError, match="features must be"):
+        BitsFusionConfig(features="int8")
+    with pytest.raises(CheckpointError, match="format 7"):
+        BitsFusionConfig(format=7)
+    broken = copy.deepcopy(full)
+    with torch.no_grad():
+        broken.conv_in.weight[0, 0, 0, 0] = torch.nan
+    everything = Recipe(every(3) | {"conv_in": 3})
+    with pytest.raises(ValueError, match="conv_in: weights are NaN"):
+        pack_(broken, BitsFusionConfig(everything))
