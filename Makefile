@@ -35,7 +35,7 @@ export PYTHONPATH           := $(CURDIR)
 # The kernel of this environment, and not one of the same name that the user has elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env mini card smoke reproduce figures verify speed render site test lint clean FORCE
+.PHONY: help env mini card smoke reproduce figures verify speed fuzz render site test lint clean FORCE
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -46,6 +46,7 @@ help:
 	@echo 'make figures     draw the committed figures again from the committed tables'
 	@echo 'make verify      compare what make reproduce got with what is committed'
 	@echo 'make speed       time the sweep beside a bare loop of UNet forwards'
+	@echo 'make fuzz        load ten thousand damaged checkpoints'
 	@echo 'make render      make reproduce, and put the executed notebooks in notebooks/rendered'
 	@echo 'make site        build/site: the rendered notebooks as web pages'
 	@echo 'make mini        train the embedded model and its judges from nothing, and measure them (hours)'
@@ -140,6 +141,9 @@ verify: reproduce
 
 speed: $(READY)
 	@$(PY) -m bf_lib.speed --preset $(PRESET)
+
+fuzz: $(READY)
+	@$(PY) tests/fuzz_checkpoint.py
 
 # ---- checks ------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Damaged, mixed-up and hostile checkpoints end in one error; a save that fails leaves the old."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,14 +11,23 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zstandard
+from fuzz_checkpoint import fuzz, small_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 from toys import toy_unet
 
 from bf_lib.atomic import DiskFull
-from bf_lib.checkpoint import CheckpointError, Header, levels_digest, tensor_digest
+from bf_lib.checkpoint import (
+    CheckpointError,
+    Header,
+    config_digest,
+    levels_digest,
+    tensor_digest,
+)
 from bf_lib.checkpoint_files import checked
 from bf_lib.diffusers_quantizer import BitsFusionConfig, load_packed, pack_, save_packed
 from bf_lib.layers import list_layers
@@ -208,8 +218,6 @@ def test_an_index_that_leads_elsewhere(folder, name):
     ],
 )
 def test_configurations_out_of_all_reason(folder, name, value):
-    from bf_lib.checkpoint import config_digest
-
     config = json.loads((folder / "config.json").read_text()) | {name: value}
     (folder / "config.json").write_text(json.dumps(config))
     rewrite(folder, header={"config": config_digest(config)})
@@ -278,3 +286,63 @@ def test_a_kill_leaves_the_old_checkpoint(originals, tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     load_packed(folder)
+
+
+# ---- the format
+
+
+def test_a_reader_written_from_the_format_reads_the_same_weights(folder):
+    """By the words of FORMAT.md, in whole numbers of Python: none of the library's own code."""
+    unet = load_packed(folder)
+    data = (folder / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    said = json.loads(entries.pop("__metadata__")["bitsfusion"])
+    assert entries.keys() == said["tensors"].keys()
+
+    def stored(name):
+        first, last = entries[name]["data_offsets"]
+        return data[start + first : start + last]
+
+    for layer in list(said["levels"])[:12]:
+        levels, weight = said["levels"][layer], unet.get_submodule(layer).weight
+        count = weight.numel()
+        if said["compress"]:
+            per = max(n for n in range(1, 9) if levels**n <= 256)
+            content = zstandard.ZstdDecompressor().decompress(stored(f"{layer}.zstd"))
+            numbers = list(content)
+        else:
+            size, per = {3: (1, 5), 5: (8, 27), 9: (2, 5)}[levels]
+            content = stored(f"{layer}.words")
+            numbers = [
+                int.from_bytes(content[n : n + size], "little")
+                for n in range(0, len(content), size)
+            ]
+        digits = [number // levels**p % levels for p in range(per) for number in numbers]
+        codes = np.array(digits[:count], np.float32) - (levels - 1) // 2
+        scale = np.frombuffer(stored(f"{layer}.scale"), "<f2").astype(np.float32)
+        expected = codes.reshape(len(scale), -1) * scale[:, None]
+        assert np.array_equal(expected, weight.detach().flatten(1).numpy())
+        name = next(n for n in (f"{layer}.zstd", f"{layer}.words") if n in entries)
+        kinds = {"U8": "uint8", "I16": "int16", "I64": "int64"}
+        shape = entries[name]["shape"]
+        text = f"torch.{kinds[entries[name]['dtype']]}({shape[0]},)".encode()
+        digest = hashlib.blake2b(text + stored(name), digest_size=8).hexdigest()
+        assert digest == said["tensors"][name]
+
+
+def test_the_digests_of_the_format(folder):
+    header = json.loads(read(folder)[1]["bitsfusion"])
+    text = json.dumps(header["levels"], sort_keys=True)
+    assert header["recipe"] == hashlib.sha256(text.encode()).hexdigest()
+    config = json.loads((folder / "config.json").read_text())
+    config = {n: v for n, v in config.items() if n[0] != "_" and n != "quantization_config"}
+    text = json.dumps(config, sort_keys=True)
+    assert header["config"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_damaged_files_at_random(compress, tmp_path):
+    small_checkpoint(tmp_path / "small", compress)
+    ended = fuzz(tmp_path / "small", count=150, seed=0)
+    assert ended.total() == 150 and 1 < ended["loaded"] < 40
