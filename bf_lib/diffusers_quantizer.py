@@ -54,10 +54,10 @@ from bf_lib.packed_layers import (
     unpack_layer_,
 )
 from bf_lib.recipe import Recipe
+from bf_lib.sizes import LEFT
 from bf_lib.timecache import cache_time_features_, cached_time_features
 
 SCALES = {"alternating": alternating_scale, "optimal": optimal_scale}
-MADE_ON_LOADING = "the recipe leaves it as it is"
 
 
 class Method(str, Enum):  # noqa: UP042 - diffusers asks for a `value`, and compares with text
@@ -325,7 +325,7 @@ def load_packed(
 def _header(unet: nn.Module, config: BitsFusionConfig) -> Header:
     levels = config.recipe.levels
     left = {
-        layer.name: layer.excluded or MADE_ON_LOADING
+        layer.name: layer.excluded or LEFT
         for layer in all_layers(unet)
         if layer.name not in levels
     }

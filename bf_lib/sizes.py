@@ -9,31 +9,38 @@ Two kinds of bits, never one without the other:
 - *stored bits*: 8 times the bytes on disk, of everything, over all parameters of the original.
 
 Codes are stored as `bf_lib.packing` packs them; scales, biases, norms and what is not quantized
-as float16; and the header of a safetensors file as what it is, JSON that names each tensor. The
-bytes are computed from the shapes, for a file that need not have been written.
+as float16; and the header of a safetensors file as what it is, JSON that says of each tensor what
+it is and where (FORMAT.md). The bytes are computed from the shapes, for a file that need not have
+been written, and are those of the file if it is.
 """
 
 __all__ = ["SizeReport", "meta_unet_of", "size_report"]
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import pandas as pd
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from bf_lib.checkpoint import Header
 from bf_lib.grids import bits_of_levels
 from bf_lib.layers import ENDS, TIMED, Layer, all_layers, block_of
 from bf_lib.models import MODELS, meta_unet, sd15_unet_config
-from bf_lib.packing import packed_bytes
+from bf_lib.packing import word
 from bf_lib.recipe import Recipe
 
 # The paper keeps "all other parameters as 32 bits" (App. H), and counts features at 16.
 FEATURE_BITS, OTHER_BITS = 16, 32
 HALF = 2  # bytes of a float16
-COLUMNS = ("name", "block", "kind", "count", "ideal_bits", "counted", "stored_bytes")
+# Types as safetensors calls them, and their bytes; in a file, the last of these come first.
+BYTES = {"U8": 1, "I16": 2, "F16": 2, "I32": 4, "I64": 8}
+WORDS = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}
+LEFT = "the recipe leaves it as it is"
+COLUMNS = ("name", "block", "kind", "count", "ideal_bits", "counted", "dtype", "shape")
 KINDS = (
     "codes",
     "scales",
@@ -51,7 +58,7 @@ class SizeReport:
 
     `parts` has a row for each tensor of the file, with columns name, block, kind, count (how many
     numbers), ideal_bits (of one, in the paper's accounting), counted (whether the paper's average
-    counts it) and stored_bytes.
+    counts it), dtype and shape (as safetensors has them) and stored_bytes.
     """
 
     parts: pd.DataFrame
@@ -136,8 +143,17 @@ def size_report(
     levels = {} if recipe is None else recipe.levels
     layers = all_layers(unet)
     parts = pd.DataFrame(_parts(unet, layers, levels, timesteps), columns=COLUMNS)
-    header = "header", "file", "metadata", 0, 0.0, False, _header_bytes(parts, levels)
-    parts.loc[len(parts)] = header
+    parts["stored_bytes"] = [
+        BYTES[kind] * prod(map(int, shape.split("x")))
+        for kind, shape in zip(parts.dtype, parts["shape"], strict=True)
+    ]
+    left = {layer.name: layer.excluded or LEFT for layer in layers if layer.name not in levels}
+    header = None
+    if recipe is not None:
+        made = dict(recipe.made) | {"scales": "alternating"}
+        header = Header(levels=dict(levels), left=left, timesteps=timesteps, made=made)
+    size = header_bytes(parts, header)
+    parts.loc[len(parts)] = "header", "file", "metadata", 0, 0.0, False, "U8", str(size), size
     return SizeReport(
         parts=parts,
         parameters=sum(parameter.numel() for parameter in unet.parameters()),
@@ -149,7 +165,7 @@ def size_report(
 def _parts(
     unet: nn.Module, layers: list[Layer], levels: Mapping[str, int], timesteps: int | None
 ) -> Iterator[tuple]:
-    """Yields the rows of `SizeReport.parts`, layers first."""
+    """Yields the rows of `SizeReport.parts` but for their bytes, layers first."""
     handled: set[str] = set()  # names of parameters
     for layer in layers:
         name, block, count = layer.name, layer.block, layer.params
@@ -158,37 +174,42 @@ def _parts(
         if timesteps and layer.excluded == TIMED:
             handled.add(f"{name}.bias")
             if name.endswith("time_emb_proj"):
-                count = timesteps * layer.out_channels
-                row = "time features", count, FEATURE_BITS, True, HALF * count
-                yield f"{name}.features", block, *row
+                shape = f"{timesteps}x{layer.out_channels}"
+                row = "time features", timesteps * layer.out_channels, FEATURE_BITS, True
+                yield f"{name}.features", block, *row, "F16", shape
         elif name in levels:
-            packed = packed_bytes(levels[name], count)
-            yield f"{name}.codes", block, kind, count, bits_of_levels(levels[name]), True, packed
+            unit = word(levels[name])
+            words = str(-(-count // unit.codes))
+            bits = bits_of_levels(levels[name])
+            yield f"{name}.words", block, kind, count, bits, True, WORDS[unit.bytes], words
             kind = "scales" if kind == "codes" else kind
             count = layer.out_channels
-            yield f"{name}.scales", block, kind, count, OTHER_BITS, False, HALF * count
+            yield f"{name}.scale", block, kind, count, OTHER_BITS, False, "I16", str(count)
         else:
             kind = "weights left as they are" if kind == "codes" else kind
-            yield f"{name}.weight", block, kind, count, 8 * HALF, True, HALF * count
+            shape = "x".join(map(str, layer.shape))
+            yield f"{name}.weight", block, kind, count, 8 * HALF, True, "F16", shape
+    if timesteps:
+        row = "metadata", 0, 0.0, False, "I32", str(timesteps)
+        yield "time_proj.timesteps_as_int32", "time_proj", *row
     for name, value in unet.named_parameters():
         if name not in handled:
-            count = value.numel()
-            row = "biases and norms", count, OTHER_BITS, False, HALF * count
-            yield name, block_of(name), *row
+            row = "biases and norms", value.numel(), OTHER_BITS, False
+            yield name, block_of(name), *row, "F16", "x".join(map(str, value.shape))
 
 
-def _header_bytes(parts: pd.DataFrame, levels: Mapping[str, int]) -> int:
-    """Returns the length of a safetensors header that names these parts and the levels."""
-    ends = parts.stored_bytes.cumsum()
-    entries = {
-        row.name: {
-            "dtype": "U8" if row.name.endswith(".codes") else "F16",
-            "shape": [row.stored_bytes],
-            "data_offsets": [int(end - row.stored_bytes), int(end)],
-        }
-        for row, end in zip(parts.itertuples(index=False), ends, strict=True)
-    }
-    entries["__metadata__"] = {"levels": json.dumps(dict(levels))}
+def header_bytes(parts: pd.DataFrame, header: Header | None) -> int:
+    """Returns the length of the header of a safetensors file with these tensors."""
+    order = sorted(parts.itertuples(), key=lambda row: (-list(BYTES).index(row.dtype), row.name))
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    if header is not None:
+        digests = {row.name: 16 * "0" for row in order}
+        entries["__metadata__"] |= replace(header, tensors=digests, config=64 * "0").metadata()
+    end = 0
+    for row in order:
+        start, end = end, end + row.stored_bytes
+        shape = [int(n) for n in row.shape.split("x")]
+        entries[row.name] = {"dtype": row.dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"))
     return 8 + len(text) + -len(text) % 8  # its length comes first; it is padded to 8 bytes
 

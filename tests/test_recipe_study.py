@@ -57,8 +57,7 @@ def test_recipes_of_a_size_fill_a_file_of_that_size(choices, unet):
         *at_random(choices, size, 2, seed=0),
     ):
         recipe.check(unet)
-        # The header's length depends on the digits in it.
-        assert 0.97 * size < stored(unet, recipe) <= size + 500
+        assert 0.96 * size < stored(unet, recipe) <= size
     assert proof.gap <= 1e-6
     assert choices.predicted(optimum) == pytest.approx(proof.error)
     assert choices.predicted(optimum) <= choices.predicted(by_rule(choices, size))

@@ -5,6 +5,7 @@ import math
 import pytest
 from toys import toy_unet
 
+from bf_lib.diffusers_quantizer import BitsFusionConfig, save_packed
 from bf_lib.layers import list_layers
 from bf_lib.models import MODELS, meta_unet, mini_unet_config, sd15_unet_config
 from bf_lib.packing import packed_bytes
@@ -77,3 +78,20 @@ def test_what_cannot_be_sized_is_refused():
         size_report(toy_unet(), Recipe({"conv_in": 3}))
     with pytest.raises(ValueError, match="timesteps must be at least 1, or None, got 0"):
         size_report(toy_unet(), published_recipe(), timesteps=0)
+
+
+@pytest.mark.parametrize("timesteps", [None, 3])
+def test_it_is_the_size_of_the_file(timesteps, tmp_path):
+    unet = toy_unet()
+    levels = {layer.name: (3, 5, 9, 17, 129)[n % 5] for n, layer in enumerate(list_layers(unet))}
+    recipe = Recipe(levels | {"conv_in": 257}, {"rule": "by turns"})
+    steps = None if timesteps is None else range(timesteps)
+    save_packed(unet, tmp_path, BitsFusionConfig(recipe, timesteps=steps))
+    (file,) = tmp_path.glob("*.safetensors")
+    assert size_report(unet, recipe, timesteps).stored_bytes == file.stat().st_size
+
+
+def test_it_is_the_size_of_a_file_in_float16(tmp_path):
+    toy_unet().half().save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert size_report(toy_unet(), None, timesteps=None).stored_bytes == file.stat().st_size
