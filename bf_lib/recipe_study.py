@@ -110,15 +110,16 @@ class Choices:
             weight_errors: What `weight_error_table` returns.
             timesteps: How many time-steps' features are stored.
         """
-        # The header grows with what it says: this one is as long as any.
         made = {"rule": "optimum", "bytes": 10**9, "gap": -1.234567890123456e-10}
-        most = Recipe({layer.name: LEVELS[-1] for layer in layers}, made)
-        parts = size_report(unet, most, timesteps).by("kind").stored_bytes
+        same = (Recipe({layer.name: n for layer in layers}, made) for n in LEVELS)
+        kinds = [size_report(unet, recipe, timesteps).by("kind").stored_bytes for recipe in same]
+        # The header says the levels and types of layers, in up to three letters more for each.
+        rest = max(int(parts.sum() - parts["codes"]) for parts in kinds) + 3 * len(layers)
         return cls(
             errors=extended(errors, weight_errors),
             costs=cost_table(layers, LEVELS),
             params=pd.Series({layer.name: layer.params for layer in layers}),
-            fixed=int(parts.sum() - parts["codes"]),
+            fixed=rest,
         )
 
     def predicted(self, recipe: Recipe) -> float:
@@ -174,7 +175,7 @@ def by_optimum(
     others = [pd.Series(dict(recipe.levels)) for recipe in apart_from]
     found = optimum(choices.errors, choices.costs, size - choices.fixed, others, differing)
     levels = {name: int(count) for name, count in found.choice.items()}
-    return Recipe(levels, {"rule": "optimum", "bytes": size, "gap": found.gap}), found
+    return Recipe(levels, {"rule": "optimum", "bytes": size, "gap": float(found.gap)}), found
 
 
 def at_random(choices: Choices, size: int, count: int, seed: int) -> list[Recipe]:
