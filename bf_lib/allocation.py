@@ -129,6 +129,7 @@ def within_budget(
     budget: float,
     eta: float = 0.3,
     bonus: pd.Series | int = 0,
+    fixed: float = 0,
 ) -> pd.Series:
     """Returns the bits of the paper's rule with the smallest threshold that the budget allows.
 
@@ -139,6 +140,7 @@ def within_budget(
         budget: The most that they may cost.
         eta: As in `paper_rule`.
         bonus: Bits that layers get beside, as of `clip_bonus`.
+        fixed: What of the budget is spent already.
 
     Raises:
         ImpossibleBudget: If even an infinite threshold costs more.
@@ -151,11 +153,11 @@ def within_budget(
         return paper_rule(errors, params, steps[place], eta) + bonus
 
     low, high = 0, len(steps) - 1
-    if cost(bits(high)) > budget:
-        raise ImpossibleBudget(_impossible(budget, cost(bits(high))))
+    if fixed + cost(bits(high)) > budget:
+        raise ImpossibleBudget(_impossible(budget, fixed + cost(bits(high))))
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if cost(bits(middle)) <= budget else (middle + 1, high)
+        low, high = (low, middle) if fixed + cost(bits(middle)) <= budget else (middle + 1, high)
     return bits(high)
 
 
@@ -184,6 +186,7 @@ def optimum(
     apart_from: Sequence[pd.Series] = (),
     differing: int = 1,
     gap: float = 1e-6,
+    fixed: float = 0,
 ) -> Allocation:
     """Returns the choice with the smallest sum of errors within a budget.
 
@@ -194,14 +197,16 @@ def optimum(
         apart_from: Choices that the result must differ from.
         differing: In how many layers at least.
         gap: The search ends when the sum is proven to be so near the smallest one.
+        fixed: What of the budget is spent already.
 
     Raises:
         ImpossibleBudget: If no choice is within the budget.
     """
     costs = costs.loc[errors.index, errors.columns]
     smallest = float(costs.min(axis=1).sum())
-    if smallest > budget:
-        raise ImpossibleBudget(_impossible(budget, smallest))
+    if fixed + smallest > budget:
+        raise ImpossibleBudget(_impossible(budget, fixed + smallest))
+    budget -= fixed
     if not np.isfinite(errors.to_numpy()).all():
         raise ValueError(f"errors of {errors.index[~np.isfinite(errors).all(axis=1)][0]} are NaN")
     rows, columns = errors.shape
@@ -213,7 +218,7 @@ def optimum(
     # HiGHS also works to absolute tolerances of 1e-6 and less, so that the budget becomes 1, and
     # the largest error 1000: the sum of the chosen ones is often far below it.
     size = (np.abs(errors.to_numpy()).max() or 1.0) / 1000
-    allowed = budget
+    allowed, bound = budget, np.inf
     while True:
         price = LinearConstraint(costs.to_numpy().ravel() / budget, -np.inf, allowed / budget)
         found = milp(
@@ -225,6 +230,7 @@ def optimum(
         )
         if found.x is None:
             raise ImpossibleBudget(f"no such choice costs {budget:,.0f} or less: {found.message}")
+        bound = min(bound, found.mip_dual_bound * size)  # that of the whole budget is the first
         places = found.x.reshape(rows, columns).argmax(axis=1)
         cost = float(np.take_along_axis(costs.to_numpy(), places[:, None], axis=1).sum())
         if cost <= budget:
@@ -232,23 +238,26 @@ def optimum(
         allowed -= max(cost - budget, ROOM * budget)  # stepped over within its tolerance
     choice = pd.Series(errors.columns.to_numpy()[places], index=errors.index)
     total = float(np.take_along_axis(errors.to_numpy(), places[:, None], axis=1).sum())
-    return Allocation(choice, total, cost, min(total, found.mip_dual_bound * size))
+    return Allocation(choice, total, cost, min(total, bound))
 
 
-def random_choice(costs: pd.DataFrame, budget: float, rng: np.random.Generator) -> pd.Series:
+def random_choice(
+    costs: pd.DataFrame, budget: float, rng: np.random.Generator, fixed: float = 0
+) -> pd.Series:
     """Returns a random choice that fills a budget: layers rise one by one while there is room.
 
     Arguments:
         costs: What each layer costs at each choice, rising along the columns.
         budget: The most that it may cost in all.
         rng: The source of randomness.
+        fixed: What of the budget is spent already.
 
     Raises:
         ImpossibleBudget: If the first choices cost more.
     """
     table = costs.to_numpy()
     places = np.zeros(len(table), dtype=int)
-    left = budget - table[:, 0].sum()
+    left = budget - fixed - table[:, 0].sum()
     if left < 0:
         raise ImpossibleBudget(_impossible(budget, budget - left))
     rises = np.diff(table, axis=1)

@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -27,7 +27,6 @@ from bf_lib.allocation import (
     Allocation,
     clip_bonus,
     cost_table,
-    extended,
     optimum,
     random_choice,
     within_budget,
@@ -45,6 +44,7 @@ from bf_lib.sensitivity.correlation import rank_agreement
 from bf_lib.sizes import size_report
 
 LEVELS = tuple(levels_of_bits(b) for b in range(1, 8))  # 3 to 129: Alg. 1 ends at 7 bits
+ROOM = 8  # bytes of the header for each layer
 
 
 def weight_error_table(
@@ -77,9 +77,12 @@ def error_table(sensitivity: pd.DataFrame, metric: str, layers: Sequence[Layer])
 def weighted_pair(mse: pd.DataFrame, drops: pd.DataFrame, weight: float) -> pd.DataFrame:
     """Returns (1 - weight) times the image errors plus weight times the CLIP drops.
 
-    Both are divided by their mean magnitude first, since they have different units.
+    Both are divided by their mean first, since they have different units. A negative drop, an
+    image that fits its prompt better by chance, counts as none: a sum of these would promise that
+    rounding makes images better.
     """
-    first, second = (table / table.abs().to_numpy().mean() for table in (mse, drops))
+    kept = drops.clip(lower=0)
+    first, second = (table / (table.to_numpy().mean() or 1) for table in (mse, kept))
     return (1 - weight) * first + weight * second
 
 
@@ -98,29 +101,37 @@ class Choices:
         unet: nn.Module,
         layers: Sequence[Layer],
         errors: pd.DataFrame,
-        weight_errors: pd.DataFrame,
         timesteps: int,
+        stored: bool = True,
     ) -> Self:
         """Returns the choices for a UNet.
 
         Arguments:
             unet: The original UNet.
             layers: Its layers.
-            errors: Predicted damage, with columns of levels; more are extrapolated.
-            weight_errors: What `weight_error_table` returns.
+            errors: Predicted damage, with columns of `LEVELS`.
             timesteps: How many time-steps' features are stored.
+            stored: Whether sizes are those of files, or of what the paper's average counts.
         """
-        made = {"rule": "optimum", "bytes": 10**9, "gap": -1.234567890123456e-10}
-        same = (Recipe({layer.name: n for layer in layers}, made) for n in LEVELS)
-        kinds = [size_report(unet, recipe, timesteps).by("kind").stored_bytes for recipe in same]
-        # The header says the levels and types of layers, in up to three letters more for each.
-        rest = max(int(parts.sum() - parts["codes"]) for parts in kinds) + 3 * len(layers)
+        most = Recipe({layer.name: LEVELS[-1] for layer in layers})
+        parts = size_report(unet, most, timesteps).parts
+        rest = parts[parts.kind != "codes"]
+        if stored:
+            # The header says more of some recipes than of others, by some letters for a layer.
+            fixed = int(rest.stored_bytes.sum()) + ROOM * len(layers)
+        else:
+            fixed = int((rest.ideal_bits * rest["count"])[rest.counted].sum() / 8)
         return cls(
-            errors=extended(errors, weight_errors),
-            costs=cost_table(layers, LEVELS),
+            errors=errors,
+            costs=cost_table(layers, LEVELS, stored),
             params=pd.Series({layer.name: layer.params for layer in layers}),
-            fixed=rest,
+            fixed=fixed,
         )
+
+    def up_to(self, levels: int) -> Self:
+        """Returns the choices without those of more levels."""
+        kept = [count for count in self.errors.columns if count <= levels]
+        return replace(self, errors=self.errors[kept], costs=self.costs[kept])
 
     def predicted(self, recipe: Recipe) -> float:
         """Returns the sum of the errors of single layers."""
@@ -153,7 +164,7 @@ def by_rule(
     errors = choices.errors.iloc[:, :3]
     errors = errors.set_axis([nominal_bits(levels) for levels in errors.columns], axis=1)
     bonus = 0 if drops is None else clip_bonus(drops.loc[errors.index])
-    bits = within_budget(errors, choices.params, choices.cost, size - choices.fixed, eta, bonus)
+    bits = within_budget(errors, choices.params, choices.cost, size, eta, bonus, choices.fixed)
     made = {"rule": "paper", "eta": eta, "refined": drops is not None, "bytes": size}
     return Recipe.of_bits({name: int(b) for name, b in bits.items()}, made)
 
@@ -173,7 +184,7 @@ def by_optimum(
         ImpossibleBudget: If there is no recipe so small.
     """
     others = [pd.Series(dict(recipe.levels)) for recipe in apart_from]
-    found = optimum(choices.errors, choices.costs, size - choices.fixed, others, differing)
+    found = optimum(choices.errors, choices.costs, size, others, differing, fixed=choices.fixed)
     levels = {name: int(count) for name, count in found.choice.items()}
     return Recipe(levels, {"rule": "optimum", "bytes": size, "gap": float(found.gap)}), found
 
@@ -181,7 +192,7 @@ def by_optimum(
 def at_random(choices: Choices, size: int, count: int, seed: int) -> list[Recipe]:
     """Returns random recipes for a file of a size, each from a seed of its own."""
     drawn = [
-        random_choice(choices.costs, size - choices.fixed, np.random.default_rng((seed, n)))
+        random_choice(choices.costs, size, np.random.default_rng((seed, n)), choices.fixed)
         for n in range(count)
     ]
     return [

@@ -248,10 +248,6 @@ def _features_of(
     }
 
 
-def _widths(features: dict[str, Tensor]) -> dict[str, int]:
-    return {name: values.shape[1] for name, values in features.items()}
-
-
 def _not_cached(missing: list[float], known: list[float]) -> str:
     """Says which time-steps are not there, which are, and how to add one."""
     listed = ", ".join(f"{t:g}" for t in known)

@@ -5,7 +5,15 @@ quantizes all layers that it names at once, with the alternating scale (BitsFusi
 draws the same prompts from the same seeds as the full-precision model.
 """
 
-__all__ = ["Trial", "Trials", "all_quantized", "difference", "score_intervals", "trial_table"]
+__all__ = [
+    "Trial",
+    "Trials",
+    "all_quantized",
+    "difference",
+    "in_words",
+    "score_intervals",
+    "trial_table",
+]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -192,6 +200,11 @@ def difference(rows: Iterable[Mapping], first: str, second: str, score: str) -> 
     """
     found = {row["name"]: row for row in rows}
     return _mean(np.array(found[first][score], float) - np.array(found[second][score], float))
+
+
+def in_words(found: Mapping[str, float]) -> str:
+    """Returns a difference and its interval as text: `+12 (-3 to +27)`."""
+    return f"{found['value']:+,.0f} ({found['low']:+,.0f} to {found['high']:+,.0f})"
 
 
 def _mean(values: np.ndarray) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 __all__ = [
     "FAMILIES",
+    "METHODS",
     "METRICS",
     "additivity",
     "block_sizes",
@@ -57,6 +58,7 @@ from bf_lib.plots.grids import (
     weight_histograms,
 )
 from bf_lib.plots.recipes import (
+    METHODS,
     additivity,
     block_sizes,
     cumulative_damage,

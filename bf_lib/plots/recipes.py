@@ -23,7 +23,9 @@ from bf_lib.plots.sensitivity import METRICS
 # method -> its colour and marker, the same in every figure
 METHODS = {
     "uniform": ("#555555", "s"),
-    "paper's rule": ("#D55E00", "o"),
+    "paper's rule": ("#E69F00", "o"),
+    "paper's rule with CLIP": ("#D55E00", "o"),
+    "optimum to 17 levels": ("#56B4E9", "^"),
     "optimum, sweep": ("#0072B2", "^"),
     "optimum, estimate": ("#009E73", "v"),
     "published for SD-v1.5": ("#CC79A7", "D"),
