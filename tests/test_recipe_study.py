@@ -87,12 +87,6 @@ def test_layers_with_large_drops_get_bits(choices, unet):
     assert refined.levels[name] > plain.levels[name]
 
 
-def test_a_file_that_is_too_small_is_refused(choices):
-    for rule in (by_rule, by_optimum):
-        with pytest.raises(ImpossibleBudget, match="the least possible"):
-            rule(choices, choices.fixed + 1000)
-
-
 def test_errors_beyond_the_sweep_follow_the_weights(choices, weight_errors):
     assert list(choices.errors.columns) == list(LEVELS)
     ratio = choices.errors[17] / choices.errors[9]
