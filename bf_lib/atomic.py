@@ -1,6 +1,6 @@
 """Files and lines that are there completely or not at all."""
 
-__all__ = ["DiskFull", "append_line", "told_when_full", "write_atomically"]
+__all__ = ["DiskFull", "append_line", "sync_folder", "told_when_full", "write_atomically"]
 
 import errno
 import os
@@ -83,10 +83,10 @@ def _write_and_rename(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename itself survive a power cut."""
     number = os.open(folder, os.O_RDONLY)
     try:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bf_lib.atomic import told_when_full
+from bf_lib.atomic import sync_folder, told_when_full
 from bf_lib.checkpoint import (
     KEY,
     CheckpointError,
@@ -26,12 +27,19 @@ from bf_lib.checkpoint import (
     stored_names,
 )
 from bf_lib.models import meta_unet
-from bf_lib.packed_layers import prepare_
+from bf_lib.packed_layers import packed_layers, prepare_
 
+# What diffusers may raise when it builds a UNet from a configuration that makes no sense.
+NO_UNET = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 LONGEST = 1 << 24  # of a JSON file, in bytes
 LARGEST = 1 << 16  # of a width or a count in config.json
-MOST = 64  # entries of a list in it, and layers of a block
-WEIGHTS = re.compile(r"diffusion_pytorch_model[\w.-]*\.safetensors(\.index\.json)?")
+MOST = 64  # entries of a list in it
+DEEPEST = 256  # blocks times layers times layers within them; SD-v1.5 has 4 x 2 x 1
+HEAVIEST = 1 << 28  # weights of one layer; SD-v1.5's largest has 29 million
+SHARD = re.compile(r"diffusion_pytorch_model-\d{5}-of-\d{5}\.safetensors")
+WHOLE = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+
+PARTIAL = ".partial-"
 
 # How safetensors calls the types of a checkpoint's tensors.
 NAMES = {
@@ -62,9 +70,12 @@ def checked(folder: str | Path) -> Header:
     if config_digest(config) != header.config:
         raise CheckpointError(f"{folder}: config.json is not the one that the weights are of")
     try:
-        expected = shapes_of(config, header).state_dict()
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        unet = shapes_of(config, header)
+    except NO_UNET as error:
         raise CheckpointError(f"{folder}: its configuration makes no UNet: {error}") from error
+    if heavy := [n for n, m in packed_layers(unet).items() if prod(m.shape) > HEAVIEST]:
+        raise CheckpointError(f"{folder}: {heavy[0]!r} has too many weights")
+    expected = unet.state_dict()
     found = {name: tensor for file in files for name, tensor in _tensors(file).items()}
     wanted = dict(zip(stored_names(list(expected), header), expected.values(), strict=True))
     if wrong := sorted(found.keys() ^ wanted.keys()):
@@ -85,14 +96,28 @@ def config_of(folder: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != KEY:
         raise CheckpointError(f"{folder} is no packed checkpoint: its config.json does not say so")
+    depth = 1
     for name, value in config.items():
-        entries = value if isinstance(value, list) else [value]
-        limit = MOST if "layers_per_block" in name else LARGEST
-        if len(entries) > MOST or any(
-            isinstance(entry, int | float) and abs(entry) > limit for entry in entries
-        ):
+        entries = list(_flat(value))
+        numbers = [entry for entry in entries if isinstance(entry, int | float)]
+        if len(entries) > MOST or any(not 0 <= abs(number) <= LARGEST for number in numbers):
             raise CheckpointError(f"{folder}: {name!r} of config.json is {str(value)[:80]}")
+        if name == "down_block_types":
+            depth *= max(1, len(entries))
+        if name in ("layers_per_block", "transformer_layers_per_block"):
+            depth *= max([1, *numbers])
+    if depth > DEEPEST:
+        raise CheckpointError(f"{folder}: config.json is of a UNet of some {depth:,} layers")
     return config
+
+
+def _flat(value: object) -> Iterator[object]:
+    """Yields the entries of a list, and of the lists in it."""
+    if isinstance(value, list | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _flat(entry)
+    else:
+        yield value
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -101,17 +126,20 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: If there are none, or if the index of several names others than those.
     """
-    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    path = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not path.is_file():  # where there is one, diffusers reads what it names
+        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise CheckpointError(f"{folder}: {SAFETENSORS_WEIGHTS_NAME} is not there")
         return [folder / SAFETENSORS_WEIGHTS_NAME]
-    index = _read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
-    names = sorted(set(index.values()), key=str) if isinstance(index, dict) else []
+    index = _read_json(path).get("weight_map")
+    names = list(index.values()) if isinstance(index, dict) else []
     for name in names:
         # A name is never a path, which might lead anywhere.
-        if not isinstance(name, str) or not WEIGHTS.fullmatch(name):
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
             raise CheckpointError(f"{folder}: its index names {str(name)[:80]!r}")
     if not names:
         raise CheckpointError(f"{folder}: its index names no files")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(names))]
 
 
 def shapes_of(config: dict[str, Any], header: Header) -> nn.Module:
@@ -161,28 +189,39 @@ def _fits(name: str, kind: str, shape: list[int], wanted: Tensor) -> bool:
 def replaced_at_once(folder: str | Path) -> Iterator[Path]:
     """Gives a place to write a checkpoint to, and moves it to its folder when it is complete.
 
-    Until then nothing of the folder changes. Files take the place of others one by one, the
-    weights last: an older checkpoint of the same UNet has the same config.json, so at any moment
-    it is the old one or the new one. Where they do not belong together, which a kill between two
-    renames can leave, the header says so and nothing is loaded.
+    Until then nothing of the folder changes. Then files take the place of others one by one: first
+    the parts of a checkpoint that has several, then config.json, then the file that is read first.
+    A checkpoint of one file whose UNet was there before has the same config.json, so at any moment
+    it is the old one or the new one. A kill between two renames of any other leaves files that do
+    not belong together; their headers say so, and they are not loaded.
     """
     folder = Path(folder)
     with told_when_full(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{PARTIAL}*"):  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(dir=folder, prefix=PARTIAL))
         try:
             yield place
-            for file in place.iterdir():
+            fresh = sorted(place.iterdir(), key=_turn)
+            for file in fresh:
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
-            folder.mkdir(exist_ok=True)
-            fresh = sorted(place.iterdir(), key=lambda file: bool(WEIGHTS.fullmatch(file.name)))
+            names = {file.name for file in fresh}
             for file in fresh:
                 file.chmod(0o644)
                 file.replace(folder / file.name)
-            names = {file.name for file in fresh}
-            for file in folder.iterdir():  # parts of a checkpoint that had others
-                if WEIGHTS.fullmatch(file.name) and file.name not in names:
+            for file in folder.iterdir():  # what an older checkpoint had in its place
+                theirs = SHARD.fullmatch(file.name) or file.name in WHOLE
+                if theirs and file.name not in names and names & set(WHOLE):
                     file.unlink()
+            sync_folder(folder)
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _turn(file: Path) -> int:
+    """Returns when a file is to be moved: shards, whatever else, and last what is read first."""
+    if SHARD.fullmatch(file.name):
+        return 0
+    return 2 if file.name in WHOLE else 1

@@ -16,7 +16,7 @@ __all__ = [
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from functools import cache
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -57,6 +58,7 @@ from bf_lib.recipe import Recipe
 from bf_lib.sizes import LEFT
 from bf_lib.timecache import cache_time_features_, cached_time_features
 
+UNCHANGED = "unchanged"
 SCALES = {"alternating": alternating_scale, "optimal": optimal_scale}
 
 
@@ -121,32 +123,57 @@ class PackedModel:
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
-        compress: str | None = None,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
+        compress: str | None = UNCHANGED,
         **kwargs: object,
     ) -> None:
         """Saves as diffusers does, but all at once: see `checkpoint_files.replaced_at_once`.
 
         Arguments:
             save_directory: The folder.
+            is_main_process, save_function, safe_serialization, variant, max_shard_size: As in
+                diffusers.
+            push_to_hub: Whether to upload it as well, when it is saved.
             compress: "zstd" or None; by default as the model was loaded or packed.
-            push_to_hub: Whether to upload it, too.
-            kwargs: Those of diffusers.
+            kwargs: Those of `push_to_hub`.
         """
-        quantizer = self.hf_quantizer
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                "the model has adapters: save them with `save_lora_adapter`, and delete them with "
+                "`delete_adapters` before the packed weights are saved"
+            )
+        quantizer, known = self.hf_quantizer, cached_time_features(self)
         header = quantizer.header
-        config = json.loads(self.to_json_string())
-        quantizer.header = replace(header, config=config_digest(config))
-        if compress is not None:
-            quantizer.header = replace(quantizer.header, compress=compress)
-        if push_to_hub:
-            kwargs.setdefault("repo_id", Path(save_directory).name)
+        quantizer.header = replace(
+            header,
+            config=config_digest(json.loads(self.to_json_string())),
+            timesteps=None if known is None else len(known.timesteps),
+            compress=header.compress if compress == UNCHANGED else compress,
+        )
         try:
             with replaced_at_once(save_directory) as place:
-                super().save_pretrained(str(place), push_to_hub=push_to_hub, **kwargs)
+                super().save_pretrained(
+                    str(place),
+                    is_main_process=is_main_process,
+                    save_function=save_function,
+                    safe_serialization=safe_serialization,
+                    variant=variant,
+                    max_shard_size=max_shard_size,
+                )
         finally:
             quantizer.header = header
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Makes copies and pickles find the class, which no module has by its name."""
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return (_blank, (type(self).__bases__[1],), *rest)
 
     def fuse_lora(self, *args: object, **kwargs: object) -> None:
         """Refuses: a sum of weights and a LoRA has no place on a grid of a few levels."""
@@ -165,7 +192,8 @@ class PackedModel:
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Returns the bytes of all tensors that the model holds, decoded weights among them."""
         kept = (layer.__dict__.get("kept") for layer in packed_layers(self).values())
-        return super().get_memory_footprint() + sum(w.nbytes for w in kept if w is not None)
+        held = super().get_memory_footprint(return_buffers)
+        return held + sum(weight.nbytes for weight in kept if weight is not None)
 
 
 @cache
@@ -173,6 +201,12 @@ def packed_class(kind: type) -> type:
     """Returns the class of packed models of a class, which goes by the same name."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (PackedModel, kind), names | {"__doc__": kind.__doc__})
+
+
+def _blank(kind: type) -> nn.Module:
+    """Returns a packed model of a class, for its state to be filled in."""
+    packed = packed_class(kind)
+    return packed.__new__(packed)
 
 
 class BitsFusionQuantizer(DiffusersQuantizer):
@@ -186,18 +220,31 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.header: Header | None = None
         self.weights: dict[str, int] = {}  # how many each packed layer has
+        self.unrounded: tuple[str, ...] = ()  # parameters that are needed for time features only
+        self.dtype: torch.dtype | None = None  # that a model is packed for
         recipe = quantization_config.recipe
         if not self.pre_quantized and recipe is None:
             raise ValueError("to pack a model while it is loaded, give BitsFusionConfig a recipe")
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """Packs in float32, whatever the model is to compute in."""
+        if self.pre_quantized:
+            return torch_dtype
+        self.dtype = torch_dtype
+        return torch.float32
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
         """Reads the header of a checkpoint, and returns the names that its tensors will have."""
         if self.pre_quantized:
             self.header = read_header(files)
+            if wrong := sorted(set(loaded_keys) ^ set(self.header.tensors)):
+                raise CheckpointError(f"missing or unknown tensors: {', '.join(wrong[:5])}")
             if config_digest(config_of(Path(files[0]).parent)) != self.header.config:
                 raise CheckpointError("config.json is not the one that the weights are of")
             frames = {f"{layer}.zstd": [f"{layer}.words"] for layer in self.header.levels}
             return [new for key in loaded_keys for new in frames.get(key, [key])]
+        if self.quantization_config.timesteps is not None:
+            self.unrounded = tuple(key for key in loaded_keys if "time_emb" in key)
         levels = self.quantization_config.recipe.levels
         made = {f"{layer}.weight": [f"{layer}.words", f"{layer}.scale"] for layer in levels}
         return [new for key in loaded_keys for new in made.get(key, [key])]
@@ -221,7 +268,9 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         for name, value in state_dict.items():
             layer = name.removesuffix(".weight")
             levels = self.quantization_config.recipe.levels.get(layer)
-            if levels is None or layer == name:
+            if name in self.unrounded:
+                state[name] = value
+            elif levels is None or layer == name:
                 state[name] = _rounded(value)
             else:
                 packed = _packed(layer, value, levels, self.quantization_config.scales)
@@ -231,10 +280,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
         for layer in packed_layers(model).values():
             layer.compute_dtype = model.dtype
-        if not self.pre_quantized and self.quantization_config.timesteps is not None:
-            _cache_(model, self.quantization_config)
-            known = cached_time_features(model)
-            self.header = replace(self.header, timesteps=len(known.timesteps))
+        if not self.pre_quantized:
+            if self.quantization_config.timesteps is not None:
+                _cache_(model, self.quantization_config)
+            if self.dtype is not None:
+                nn.Module.to(model, self.dtype)
         self.pre_quantized = True
 
     def get_state_dict_and_metadata(
@@ -243,42 +293,57 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         """Returns the tensors to write, and the header."""
         if not safe_serialization:
             raise ValueError("packed models are saved as safetensors only")
-        written, header = encoded(state_dict, self.header, self.weights)
+        # PEFT leaves its wrappers when adapters are deleted.
+        state = {name.replace(".base_layer.", "."): value for name, value in state_dict.items()}
+        if missing := [n for n in self.header.levels if f"{n}.words" not in state]:
+            raise ValueError(f"{missing[0]!r} is not where it was packed: a layer was renamed")
+        written, header = encoded(state, self.header, self.weights)
         return written, header.metadata()
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for layer in packed_layers(model).values():
             unpack_layer_(layer)
         model.__class__ = type(model).__bases__[1]
-        model.register_to_config(quantization_config=None)
+        said = {n: v for n, v in model.config.items() if n != "quantization_config"}
+        model._internal_dict = FrozenDict(said)
         return model
 
 
 # ---- packing and saving
 
 
-def pack_(unet: UNet2DConditionModel, config: BitsFusionConfig) -> None:
+def pack_(
+    unet: UNet2DConditionModel,
+    config: BitsFusionConfig,
+    scales: Mapping[str, Tensor] | None = None,
+) -> None:
     """Packs a UNet in place, exactly as `from_pretrained` with this configuration would.
 
     All parameters that are not packed are rounded to float16, which is what they are stored in.
+
+    Arguments:
+        unet: The UNet.
+        config: How to pack it.
+        scales: Scales that are known, by layer, with shape (out, 1, ...) and values of float16, in
+            place of those that would be searched for: weights that lie on the grid of their scale
+            stay what they are, bit for bit.
 
     Raises:
         RecipeError: If the recipe is not one for this UNet.
     """
     config.recipe.check(unet)
-    header = _header(unet, config)
-    modules = dict(unet.named_modules())
+    quantizer = BitsFusionQuantizer(config, pre_quantized=True)
+    quantizer.header = _header(unet, config)
+    if config.timesteps is not None:
+        _cache_(unet, config)
+    modules, known = dict(unet.named_modules()), scales or {}
     for name, levels in config.recipe.levels.items():
-        packed = _packed(name, modules[name].weight.detach(), levels, config.scales)
+        weight = modules[name].weight.detach()
+        packed = _packed(name, weight, levels, known.get(name, config.scales))
         pack_layer_(modules[name], levels, *packed)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.copy_(_rounded(parameter))
-    if config.timesteps is not None:
-        _cache_(unet, config)
-        header = replace(header, timesteps=len(cached_time_features(unet).timesteps))
-    quantizer = BitsFusionQuantizer(config, pre_quantized=True)
-    quantizer.header = header
     quantizer.weights = {name: prod(m.shape) for name, m in packed_layers(unet).items()}
     unet.__class__ = packed_class(type(unet))
     unet.hf_quantizer, unet.is_quantized = quantizer, True
@@ -304,18 +369,20 @@ def save_packed(
 
 
 def load_packed(
-    folder: str | Path, residency: str | int = "packed", **kwargs: object
+    folder: str | Path, residency: str | int = "packed", subfolder: str = "", **kwargs: object
 ) -> UNet2DConditionModel:
     """Loads a packed UNet after a look at all that its files say of themselves.
 
     Arguments:
         folder: A folder in which a packed UNet was saved.
         residency: "packed", "dense", or bytes: see `packed_layers.set_residency`.
-        kwargs: Those of `from_pretrained`.
+        subfolder: Where in the folder it is: "unet" in that of a pipeline.
+        kwargs: Others of `from_pretrained`, such as `torch_dtype` and `device_map`.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or not one.
     """
+    folder = Path(folder) / subfolder
     checked(folder)
     unet = UNet2DConditionModel.from_pretrained(folder, **kwargs)
     set_residency(unet, residency)
@@ -335,10 +402,12 @@ def _header(unet: nn.Module, config: BitsFusionConfig) -> Header:
     )
 
 
-def _packed(name: str, weight: Tensor, levels: int, scales: str) -> tuple[Tensor, Tensor]:
+def _packed(name: str, weight: Tensor, levels: int, scale: Tensor | str) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     try:
-        return packed_weight(weight, levels, half_scale(SCALES[scales](weight, levels)))
+        if isinstance(scale, str):
+            scale = half_scale(SCALES[scale](weight, levels))
+        return packed_weight(weight, levels, scale)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -97,11 +97,18 @@ class Packed:
         kept = self.__dict__.get("kept")
         if kept is not None:
             return kept
-        shape = list(self.shape)
-        weight = decoded_weight(self.words, self.scale, self.levels, shape, self.compute_dtype)
+        # Not one of inference mode, which no later training could use.
+        with torch.inference_mode(False):
+            how = (self.levels, list(self.shape), self.compute_dtype)
+            weight = decoded_weight(self.words, self.scale, *how)
         if self.resident and weight.device.type != "meta":
             self.__dict__["kept"] = weight
         return weight
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        """Takes other words and scales, and forgets the weight that was decoded of these."""
+        self.__dict__.pop("kept", None)
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Follows `.to(device)` and casts: words and scales are moved, and the type changes."""

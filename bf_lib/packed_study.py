@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from bf_lib.diffusers_quantizer import BitsFusionConfig, load_packed, pack_
 from bf_lib.grids import balanced_codes
 from bf_lib.models import meta_unet, sd15_unet_config
-from bf_lib.packed_layers import set_residency
 from bf_lib.packing import pack, unpack, word
 from bf_lib.recipe import Recipe, published_recipe
 from bf_lib.timecache import sampling_steps
@@ -143,7 +142,6 @@ def _load_and_step(folder: Path, latents: int) -> dict[str, float]:
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
-    set_residency(dense, "packed")
     medians = {name: median(values) for name, values in seconds.items()}
     return {"load_s": loading, "resident_mb": resident / 1e6} | medians
 

@@ -138,7 +138,7 @@ def test_a_config_that_is_none(folder, text, match):
 
 def test_what_is_not_there(folder, tmp_path):
     (folder / WEIGHTS).unlink()
-    refused(folder, "index.json is not there")
+    refused(folder, f"{WEIGHTS} is not there")
     refused(tmp_path / "nowhere", "config.json is not there")
 
 
@@ -198,7 +198,7 @@ def test_codes_that_are_none(folder):
     refused(folder, "no words of its levels|cannot be decoded")
 
 
-@pytest.mark.parametrize("name", ["../unet.safetensors", "/etc/passwd", "x.bin", 3])
+@pytest.mark.parametrize("name", ["../unet.safetensors", "/etc/passwd", "x.bin", 3, []])
 def test_an_index_that_leads_elsewhere(folder, name):
     (folder / WEIGHTS).rename(folder / "elsewhere.safetensors")
     index = {"metadata": {}, "weight_map": {"conv_in.weight": name}}
@@ -215,6 +215,10 @@ def test_an_index_that_leads_elsewhere(folder, name):
         ("cross_attention_dim", 10**12),
         ("down_block_types", ["NoBlock"] * 4),
         ("norm_num_groups", 0),
+        ("in_channels", -4),
+        ("transformer_layers_per_block", [[100_000], [1], [1], [1]]),
+        ("transformer_layers_per_block", [[4000], [1], [1], [1]]),
+        ("block_out_channels", [65536, 65536, 65536, 65536]),
     ],
 )
 def test_configurations_out_of_all_reason(folder, name, value):
@@ -222,7 +226,7 @@ def test_configurations_out_of_all_reason(folder, name, value):
     (folder / "config.json").write_text(json.dumps(config))
     rewrite(folder, header={"config": config_digest(config)})
     started = time.monotonic()
-    refused(folder, f"{name}|makes no UNet")
+    refused(folder, f"{name}|makes no UNet|of some|too many weights")
     assert time.monotonic() - started < 10
 
 
@@ -247,6 +251,44 @@ def test_headers_come_back():
 # ---- saving
 
 
+def test_an_index_goes_before_a_file(folder, tmp_path):
+    """As in diffusers: where both are there, what is checked is what is loaded."""
+    other = toy_unet(seed=1)
+    levels = dict(load_packed(folder).hf_quantizer.header.levels)
+    pack_(other, BitsFusionConfig(Recipe(levels), timesteps=[1, 500]))
+    other.save_pretrained(tmp_path / "other", max_shard_size="100KB")
+    for path in (tmp_path / "other").iterdir():
+        shutil.copy(path, folder / path.name)
+    first, second = load_packed(folder).state_dict(), other.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_kill_between_two_renames_leaves_one_of_two(folder, moved, monkeypatch):
+    """Of one UNet: the file of the weights is moved last, and config.json stays what it was."""
+    other = toy_unet(seed=1)
+    levels = dict(load_packed(folder).hf_quantizer.header.levels)
+    pack_(other, BitsFusionConfig(Recipe(levels), timesteps=[1, 500]))
+    before = load_packed(folder).state_dict()
+    replace, count = Path.replace, []
+
+    def killed(path, target):
+        count.append(path)
+        if len(count) > moved:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        other.save_pretrained(folder)
+    after = load_packed(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    monkeypatch.undo()
+    other.save_pretrained(folder)
+    assert not list(folder.glob(".partial*"))
+    assert torch.equal(load_packed(folder).state_dict()["conv_in.weight"], other.conv_in.weight)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     unet = load_packed(folder)
@@ -258,7 +300,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch):
     with pytest.raises(DiskFull, match="nothing was overwritten"):
         unet.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in folder.parent.iterdir()] == ["unet"]
 
 
 KILLED = """
@@ -284,8 +325,9 @@ def test_a_kill_leaves_the_old_checkpoint(originals, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = subprocess.run([sys.executable, "-c", KILLED, folder], env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    load_packed(folder)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    load_packed(folder).save_pretrained(folder)  # and tidies up
+    assert {path.name for path in folder.iterdir()} == before.keys()
 
 
 # ---- the format

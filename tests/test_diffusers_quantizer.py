@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 from diffusers import PipelineQuantizationConfig, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.quantizers import auto
+from diffusers.utils import hub_utils
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import save_file
 from toys import WIDTH, toy_pipeline, toy_unet
 
 import bf_lib
@@ -27,7 +31,12 @@ from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.layers import TIMED, all_layers, get_layer, list_layers
 from bf_lib.packed_layers import half_scale, packed_layers, set_residency
 from bf_lib.recipe import Recipe, RecipeError
-from bf_lib.timecache import cache_time_features_
+from bf_lib.timecache import (
+    cache_time_features_,
+    cached_time_features,
+    install_time_features_,
+    time_features,
+)
 
 STEPS = (1.0, 500.0, 999.0)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -75,6 +84,7 @@ def answer(unet, asked):
 def expected(full, recipe, asked):
     """What the UNet answers with weights that are rounded and remain what they were."""
     unet = copy.deepcopy(full)
+    cache_time_features_(unet, STEPS)
     with torch.no_grad():
         for name, levels in recipe.levels.items():
             weight = get_layer(unet, name).weight
@@ -84,7 +94,6 @@ def expected(full, recipe, asked):
         for name, value in unet.named_parameters():
             if name not in packed:
                 value.copy_(value.half())
-    cache_time_features_(unet, STEPS)
     return answer(unet, asked)
 
 
@@ -311,8 +320,6 @@ def test_a_pipeline_does_not_fuse_a_lora(saved):
 
 
 def test_pushing_to_the_hub_uploads_what_was_saved(saved, tmp_path, monkeypatch):
-    from diffusers.models import modeling_utils
-
     sent = {}
 
     def upload(self, folder, repo_id, **_):
@@ -320,15 +327,13 @@ def test_pushing_to_the_hub_uploads_what_was_saved(saved, tmp_path, monkeypatch)
 
     monkeypatch.setattr(UNet2DConditionModel, "_upload_folder", upload)
     made = SimpleNamespace(repo_id="me/toy")
-    monkeypatch.setattr(modeling_utils, "create_repo", lambda *_, **__: made)
+    monkeypatch.setattr(hub_utils, "create_repo", lambda *_, **__: made)
+    card = SimpleNamespace(save=lambda _: None)
     for name in ("load_or_create_model_card", "populate_model_card"):
-        monkeypatch.setattr(
-            modeling_utils, name, lambda *_, **__: SimpleNamespace(save=lambda _: None)
-        )
+        monkeypatch.setattr(hub_utils, name, lambda *_, **__: card)
     unet = UNet2DConditionModel.from_pretrained(saved / "packed")
     unet.save_pretrained(tmp_path / "toy", push_to_hub=True)
-    assert sent["me/toy"] == content(saved / "packed")
-    assert (tmp_path / "toy" / WEIGHTS).is_file()
+    assert sent["me/toy"] == content(saved / "packed") == content(tmp_path / "toy")
 
 
 # ---- configurations
@@ -358,3 +363,152 @@ def test_what_cannot_be_packed_is_refused(full, saved):
     everything = Recipe(every(3) | {"conv_in": 3})
     with pytest.raises(ValueError, match="conv_in: weights are NaN"):
         pack_(broken, BitsFusionConfig(everything))
+
+
+# ---- what may come before and after
+
+
+def test_weights_on_a_grid_of_known_scales_stay_what_they_are(full, asked, tmp_path):
+    """Trained scales are not those that a search finds: here only some codes are in use."""
+    unet = copy.deepcopy(full).half().float()
+    generator = torch.Generator().manual_seed(0)
+    scales = {}
+    with torch.no_grad():
+        for layer in list_layers(unet):
+            weight = get_layer(unet, layer.name).weight
+            shape = (len(weight), *[1] * (weight.ndim - 1))
+            scales[layer.name] = half_scale(0.01 + 0.02 * torch.rand(shape, generator=generator))
+            codes = torch.randint(-3, 4, weight.shape, generator=generator)
+            weight.copy_(codes * scales[layer.name])
+    expected = answer(unet, asked)
+    pack_(unet, BitsFusionConfig(Recipe(every(9))), scales)
+    assert torch.equal(answer(unet, asked), expected)
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(answer(load_packed(tmp_path), asked), expected)
+
+
+def test_features_may_be_cached_before_or_added_after(full, tmp_path, asked):
+    unet = copy.deepcopy(full)
+    cache_time_features_(unet, STEPS)
+    save_packed(unet, tmp_path / "before", BitsFusionConfig(Recipe(every(5))))
+    save_packed(full, tmp_path / "at once", BitsFusionConfig(Recipe(every(5)), timesteps=STEPS))
+    assert content(tmp_path / "before")[1] == content(tmp_path / "at once")[1]
+    unet = load_packed(tmp_path / "before")
+    more = cached_time_features(unet).joined(time_features(full, [250]))
+    install_time_features_(unet, more)
+    unet.save_pretrained(tmp_path / "after")
+    again = load_packed(tmp_path / "after")
+    assert len(cached_time_features(again).timesteps) == 4
+    assert torch.equal(answer(again, asked), answer(unet, asked))
+
+
+def test_packing_in_bfloat16_is_the_same(saved, config, asked):
+    load = UNet2DConditionModel.from_pretrained
+    ours = load(saved / "full", quantization_config=config, torch_dtype=torch.bfloat16)
+    theirs = load(saved / "packed", torch_dtype=torch.bfloat16)
+    first, second = ours.state_dict(), theirs.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_adapters_are_not_saved_among_packed_weights(saved, tmp_path, asked, expected):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    unet.save_pretrained(tmp_path)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="has adapters"):
+        unet.save_pretrained(tmp_path)
+    unet.delete_adapters("default")
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(answer(load_packed(tmp_path), asked), expected)
+
+
+def test_dequantized_models_are_saved(full, tmp_path, asked):
+    unet = copy.deepcopy(full)
+    pack_(unet, BitsFusionConfig(Recipe(every(5))))
+    expected = answer(unet, asked)
+    unet.dequantize().save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert not packed_layers(again)
+    first, second = unet.state_dict(), again.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.testing.assert_close(answer(again, asked), expected)
+
+
+def test_a_missing_tensor_is_an_error_of_from_pretrained(saved, tmp_path):
+    folder = Path(shutil.copytree(saved / "packed", tmp_path / "unet"))
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said = file.metadata()
+    del tensors["conv_in.words"]
+    save_file(tensors, folder / WEIGHTS, said)
+    with pytest.raises(CheckpointError, match="missing or unknown tensors: conv_in.words"):
+        UNet2DConditionModel.from_pretrained(folder)
+
+
+def test_an_upload_that_fails_leaves_the_files(saved, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    monkeypatch.setattr(unet, "push_to_hub", offline)
+    with pytest.raises(ConnectionError):
+        unet.save_pretrained(tmp_path / "toy", push_to_hub=True)
+    load_packed(tmp_path / "toy")
+
+
+def test_models_are_pickled(saved, asked, expected):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    again = pickle.loads(pickle.dumps(unet))
+    assert torch.equal(answer(again, asked), expected)
+    assert isinstance(again, PackedModel)
+
+
+def test_kept_weights_follow_what_is_loaded_and_may_be_trained_with(saved, full, config, asked):
+    other = toy_unet(seed=1)
+    pack_(other, config)
+    unet = load_packed(saved / "packed", "dense")
+    with torch.inference_mode():
+        unet(**asked)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    unet(**asked).sample.square().mean().backward()
+    unet.delete_adapters("default")
+    unet = load_packed(saved / "packed", "dense")
+    answer(unet, asked)
+    unet.load_state_dict(other.state_dict())
+    assert torch.equal(answer(unet, asked), answer(other, asked))
+
+
+def test_a_variant_stands_beside_what_is_there(saved, tmp_path, asked, expected):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    unet.save_pretrained(tmp_path)
+    unet.save_pretrained(tmp_path, variant="fp16")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    again = UNet2DConditionModel.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(answer(again, asked), expected)
+    load_packed(tmp_path)
+
+
+def test_a_compressed_checkpoint_becomes_a_plain_one(saved, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    unet.save_pretrained(tmp_path / "zstd", compress="zstd")
+    load_packed(tmp_path / "zstd").save_pretrained(tmp_path / "plain", compress=None)
+    assert content(tmp_path / "plain") == content(saved / "packed")
+
+
+def test_a_whole_unet_compiles(saved, asked, expected):
+    unet = load_packed(saved / "packed")
+    compiled = torch.compile(unet, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(**asked, return_dict=False)[0], expected)
+
+
+def test_gradient_checkpointing_changes_no_gradient(saved, asked):
+    grads = []
+    for checkpointed in (False, True):
+        unet = UNet2DConditionModel.from_pretrained(saved / "packed").train()
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+        x = asked["sample"].clone().requires_grad_()
+        unet(**asked | {"sample": x}).sample.square().mean().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
