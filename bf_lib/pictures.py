@@ -2,6 +2,7 @@
 
 __all__ = ["captioned", "draw_rows", "image_rows"]
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -54,6 +55,7 @@ def draw_rows(figure: Figure | SubFigure, rows: Mapping[str, Array]) -> Array:
             axis.spines[:].set_visible(False)
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image)
-        label = textwrap.fill(name.replace(".", ". "), 18).replace(". ", ".")
+        # Names of layers may break after a dot, numbers may not.
+        label = textwrap.fill(re.sub(r"\.(?=[a-z])", ". ", name), 18).replace(". ", ".")
         line[0].set_ylabel(label, fontsize=SMALL, rotation=0, ha="right", va="center")
     return axes

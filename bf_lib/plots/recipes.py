@@ -71,7 +71,7 @@ def additivity(rows: pd.DataFrame) -> Figure:
     Arguments:
         rows: One row a recipe: method, predicted (the sum over layers) and mse.
     """
-    figure, axis = plt.subplots(figsize=(WIDTH / 2, 3.2))
+    figure, axis = plt.subplots(figsize=(0.75 * WIDTH, 3.2))
     for method, (colour, marker) in METHODS.items():
         part = rows[rows.method == method]
         axis.plot(part.predicted, part.mse, marker, color=colour, ms=4, label=method)
@@ -80,7 +80,7 @@ def additivity(rows: pd.DataFrame) -> Figure:
     ends = [rows[["predicted", "mse"]].min().min(), rows[["predicted", "mse"]].max().max()]
     axis.plot(ends, ends, color="#888888", lw=0.8, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel="sum of the layers' MSE", ylabel="measured MSE")
-    axis.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 
