@@ -104,7 +104,8 @@ $(TRAINED): $(LIB) | $(READY)
 	@touch $@
 
 # A notebook that reads what another one wrote comes after it.
-$(B)/04_metric_correlation.done $(B)/06_bit_allocation.done: $(B)/03_sensitivity.done
+$(B)/04_metric_correlation.done: $(B)/03_sensitivity.done
+$(B)/06_bit_allocation.done: $(B)/03_sensitivity.done
 
 # Goals that are given together take turns where one writes what the other reads: the study runs
 # again after a new model, and pages and figures are made of what was just run.
