@@ -5,16 +5,18 @@ from importlib import import_module
 from bf_lib.registration import register
 
 _HOMES = {
-    "BitsFusionConfig": "bf_lib.diffusers_quantizer",
+    "BitsFusionConfig": "bf_lib.packed_config",
     "Recipe": "bf_lib.recipe",
     "cache_time_features_": "bf_lib.timecache",
     "estimate": "bf_lib.sensitivity",
     "list_layers": "bf_lib.layers",
-    "load_packed": "bf_lib.diffusers_quantizer",
+    "load_packed": "bf_lib.packed_unets",
     "load_pipeline": "bf_lib.models",
     "published_recipe": "bf_lib.recipe",
+    "pack_": "bf_lib.packed_unets",
     "run_job": "bf_lib.jobs",
-    "save_packed": "bf_lib.diffusers_quantizer",
+    "save_packed": "bf_lib.packed_unets",
+    "set_residency": "bf_lib.packed_layers",
     "size_report": "bf_lib.sizes",
 }
 __all__ = list(_HOMES)

@@ -12,6 +12,7 @@ __all__ = [
     "config_digest",
     "decoded",
     "encoded",
+    "left_out",
     "levels_digest",
     "read_header",
     "stored_names",
@@ -19,7 +20,7 @@ __all__ = [
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -29,12 +30,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bf_lib.entropy import compressed, decompressed
+from bf_lib.layers import TIMED, Layer
+from bf_lib.packed_weights import scale_of
 from bf_lib.packing import has_only_codes, pack, unpack
 from bf_lib.recipe import Recipe, RecipeError
 
 FORMAT = 1
 KEY = "bitsfusion"  # in the metadata of safetensors, and the method's name in config.json
 COMPRESSIONS = (None, "zstd")
+LEFT = "the recipe leaves it as it is"
+# What safetensors calls the types of a checkpoint's tensors.
+STORED_AS = {
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
 LARGEST = 1 << 16  # of a number of levels, or of time-steps
 
 
@@ -48,6 +62,7 @@ class Header:
 
     levels: Mapping[str, int]  # of each packed layer
     left: Mapping[str, str] = field(default_factory=dict)  # the other layers, and why not packed
+    wide: Mapping[str, str] = field(default_factory=dict)  # tensors in float32, and why
     timesteps: int | None = None  # how many have cached features; None: it has its time layers
     compress: str | None = None
     made: Mapping[str, Any] = field(default_factory=dict)  # provenance of the recipe
@@ -99,6 +114,7 @@ class Header:
 KINDS = {
     "levels": Mapping,
     "left": Mapping,
+    "wide": Mapping,
     "timesteps": int | None,
     "compress": str | None,
     "made": Mapping,
@@ -128,6 +144,21 @@ def _metadata(file: Path) -> dict[str, str] | None:
             return opened.metadata()
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file.name} is not a safetensors file: {error}") from error
+
+
+def left_out(layers: Iterable[Layer], levels: Mapping[str, int], cached: bool) -> dict[str, str]:
+    """Returns the layers that are not packed, and why.
+
+    Arguments:
+        layers: All layers of the original.
+        levels: The levels of those that are packed.
+        cached: Whether the outputs of the time layers are cached.
+    """
+    reasons = {layer.name: layer.excluded for layer in layers if layer.name not in levels}
+    return {
+        name: LEFT if reason is None or (reason == TIMED and not cached) else reason
+        for name, reason in reasons.items()
+    }
 
 
 def levels_digest(levels: Mapping[str, int]) -> str:
@@ -173,7 +204,10 @@ def encoded(
             written[f"{layer}.zstd"] = compressed(codes, header.levels[layer])
         else:
             written[name] = _halved(value)
-    return written, replace(header, tensors={n: tensor_digest(v) for n, v in written.items()})
+    digests = {name: tensor_digest(value) for name, value in written.items()}
+    reasons = {name: _why_wide(name, value, header) for name, value in written.items()}
+    wide = {name: reason for name, reason in reasons.items() if reason is not None}
+    return written, replace(header, tensors=digests, wide=wide)
 
 
 def decoded(
@@ -215,8 +249,19 @@ def _words(name: str, frame: Tensor, levels: int, count: int) -> Tensor:
         raise CheckpointError(f"{name!r} cannot be decoded: {error}") from error
 
 
+def _why_wide(name: str, value: Tensor, header: Header) -> str | None:
+    """Says why a tensor does not become float16, if it does not."""
+    layer, _, kind = name.rpartition(".")
+    if kind == "scale" and layer in header.levels and value.dtype == torch.int32:
+        scales = scale_of(value)
+        return f"scales from {scales.min():.1e} to {scales.max():.1e}: float16 is too coarse"
+    if value.is_floating_point() and value.dtype != torch.float16:
+        return "float16 does not have all of its values"
+    return None
+
+
 def _is_scale(value: Tensor) -> bool:
-    numbers = value.view(torch.float16)
+    numbers = scale_of(value)
     return bool(((numbers > 0) & numbers.isfinite()).all())
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bf_lib.atomic import sync_folder, told_when_full
 from bf_lib.checkpoint import (
     KEY,
+    STORED_AS,
     CheckpointError,
     Header,
     config_digest,
@@ -41,13 +42,6 @@ WHOLE = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 PARTIAL = ".partial-"
 
-# How safetensors calls the types of a checkpoint's tensors.
-NAMES = {
-    "torch.uint8": "U8",
-    "torch.int16": "I16",
-    "torch.int32": "I32",
-    "torch.int64": "I64",
-}
 FLOATS = ("F16", "BF16", "F32")
 
 
@@ -145,7 +139,7 @@ def weight_files(folder: Path) -> list[Path]:
 def shapes_of(config: dict[str, Any], header: Header) -> nn.Module:
     """Builds a packed UNet without its weights."""
     unet = meta_unet({n: v for n, v in config.items() if n != "quantization_config"})
-    prepare_(unet, header.levels, header.timesteps)
+    prepare_(unet, header.levels, header.timesteps, header.wide)
     return unet
 
 
@@ -179,7 +173,7 @@ def _fits(name: str, kind: str, shape: list[int], wanted: Tensor) -> bool:
         return kind == "U8" and len(shape) == 1
     if wanted.is_floating_point():
         return kind in FLOATS and shape == list(wanted.shape)
-    return kind == NAMES.get(str(wanted.dtype)) and shape == list(wanted.shape)
+    return kind == STORED_AS.get(wanted.dtype) and shape == list(wanted.shape)
 
 
 # ---- writing

@@ -8,7 +8,6 @@ packed into bytes first, and every byte is one symbol.
 
 __all__ = ["compressed", "decompressed"]
 
-import numpy as np
 import torch
 import zstandard
 from torch import Tensor
@@ -18,6 +17,7 @@ from bf_lib.packing import digits, from_digits
 
 LEVEL = 1  # higher ones look for repetitions, of which there are none
 BYTE = 256
+CHUNK = 1 << 18  # symbols at once: so that little memory is taken beside the codes
 
 
 def compressed(codes: Tensor, levels: int) -> Tensor:
@@ -32,12 +32,16 @@ def compressed(codes: Tensor, levels: int) -> Tensor:
     """
     per_byte, width = _symbols(levels)
     symbols = -(-codes.numel() // per_byte)
-    planes = torch.zeros(per_byte, symbols, dtype=torch.int32)
-    planes.view(-1)[: codes.numel()] = codes.flatten().to(torch.int32) + (levels - 1) // 2
-    total = from_digits(planes, levels)
-    # The bytes of wide symbols lie apart, since the upper ones are alike.
-    parts = [(total >> 8 * n) & 0xFF for n in range(width)]
-    data = torch.cat(parts).to(torch.uint8).numpy().tobytes()
+    bound = (levels - 1) // 2
+    planes = codes.new_full((per_byte, symbols), -bound)
+    planes.view(-1)[: codes.numel()] = codes.flatten()
+    data = torch.empty(width, symbols, dtype=torch.uint8)
+    for start in range(0, symbols, CHUNK):
+        part = slice(start, start + CHUNK)
+        total = from_digits(planes[:, part].to(torch.int32).add_(bound), levels)
+        for place in range(width):  # the bytes of wide symbols lie apart: the upper ones are alike
+            data[place, part] = total.bitwise_right_shift(8 * place).bitwise_and_(0xFF)
+    data = data.numpy().tobytes()
     frame = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compress(data)
     return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
 
@@ -66,13 +70,21 @@ def decompressed(frame: Tensor, levels: int, count: int) -> Tensor:
         )
     except zstandard.ZstdError as error:
         raise ValueError(f"it is not a frame of zstd: {error}") from error
-    parts = torch.from_numpy(np.frombuffer(plain, np.uint8).copy()).view(width, symbols)
-    total = sum(part.to(torch.int32) << 8 * n for n, part in enumerate(parts))
-    if symbols and int(total.max()) >= levels**per_byte:
-        raise ValueError(f"a symbol is {int(total.max())}, not below {levels**per_byte}")
-    kind = balanced_codes(levels).dtype
-    planes = torch.stack([digit.to(torch.int32) for digit in digits(total, levels, per_byte)])
-    return planes.view(-1)[:count].sub_((levels - 1) // 2).to(kind)
+    parts = torch.empty(width * symbols, dtype=torch.uint8)
+    parts.numpy()[:] = bytearray(plain)
+    parts, bound = parts.view(width, symbols), (levels - 1) // 2
+    codes = torch.empty(per_byte * symbols, dtype=balanced_codes(levels).dtype)
+    planes = codes.view(per_byte, symbols)
+    for start in range(0, symbols, CHUNK):
+        part = slice(start, start + CHUNK)
+        total = torch.zeros(len(planes[0, part]), dtype=torch.int32)
+        for place in range(width):
+            total += parts[place, part].to(torch.int32) << 8 * place
+        if (largest := int(total.max())) >= levels**per_byte:
+            raise ValueError(f"a symbol is {largest}, not below {levels**per_byte}")
+        for plane, digit in zip(planes, digits(total, levels, per_byte), strict=True):
+            plane[part] = digit.sub(bound)
+    return codes[:count]
 
 
 def _symbols(levels: int) -> tuple[int, int]:

@@ -1,74 +1,54 @@
 """Convolutions and linear layers that hold their weights as packed codes.
 
 A packed layer is of a subclass of `nn.Conv2d` or `nn.Linear`, so whatever asks for these (PEFT,
-for one) finds them. Its `weight` is no parameter but is decoded when it is asked for:
-
-    weight = code * scale,
-
-in float32, and then in the type that the layer computes in, so that it is bit for bit what
-`grids.fake_quantize` makes of the same codes and scale.
+for one) finds them. Its `weight` is no parameter but is decoded when it is asked for.
 """
 
 __all__ = [
     "Packed",
     "PackedConv2d",
     "PackedLinear",
-    "decoded_weight",
-    "half_scale",
+    "Room",
     "pack_layer_",
     "packed_layers",
-    "packed_weight",
     "prepare_",
     "set_residency",
     "unpack_layer_",
 ]
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bf_lib.grids import quantize
-from bf_lib.packing import pack, unpack, word
+from bf_lib.packed_weights import decoded_in, decoded_weight
+from bf_lib.packing import word
 from bf_lib.timecache import install_time_features_, unknown_features
 
-CHUNK = 1 << 18  # weights at once, in float32: what stays in the cache
 
+class Room(threading.local):
+    """Where the layers of a model decode their weights one after the other.
 
-def decoded_weight(
-    words: Tensor, scale: Tensor, levels: int, shape: list[int], dtype: torch.dtype
-) -> Tensor:
-    """Returns the weight that words and scales stand for.
-
-    Arguments:
-        words: As `packing.pack` returns them.
-        scale: The bits of the float16 scale of each output channel, with shape (out,), int16.
-        levels: The number of levels.
-        shape: The shape of the weight, (out, *).
-        dtype: Its type.
+    To ask the system for new memory for each weight takes longer than to decode it.
     """
-    return torch.ops.bf_lib.decoded_weight(words, scale, levels, shape, dtype)
 
+    def __init__(self) -> None:
+        self.floats = torch.empty(0)
 
-# As an operator of its own, a compiler takes it for one step and does not look into it.
-@torch.library.custom_op("bf_lib::decoded_weight", mutates_args=())
-def _decoded(
-    words: Tensor, scale: Tensor, levels: int, shape: list[int], dtype: torch.dtype
-) -> Tensor:
-    codes = unpack(words, levels, prod(shape)).view(shape[0], -1)
-    factor = scale.view(torch.float16).to(torch.float32)[:, None]
-    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    size = max(1, CHUNK // codes.shape[1])
-    for start in range(0, len(codes), size):
-        rows = slice(start, start + size)
-        weight[rows] = codes[rows].to(torch.float32).mul_(factor[rows])
-    return weight.view(shape)
+    def of(self, size: int) -> Tensor:
+        """Returns a place for so many numbers, which holds until it is asked for again."""
+        if len(self.floats) < size:
+            self.floats = torch.empty(0)  # before there is more
+            with torch.inference_mode(False):  # for either mode
+                self.floats = torch.empty(size)
+        return self.floats
 
-
-@_decoded.register_fake
-def _(words: Tensor, scale: Tensor, levels: int, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return words.new_empty(shape, dtype=dtype)
+    def __reduce__(self) -> tuple:
+        """Makes the layers of a copied model share a room of their own, without its content."""
+        return (Room, ())
 
 
 class Packed:
@@ -78,8 +58,9 @@ class Packed:
     shape: tuple[int, ...]  # of the weight
     compute_dtype: torch.dtype  # that the layer computes in
     resident: bool  # whether the weight is kept once it is decoded
+    room: Room  # that it shares with the other layers of its model
     words: Tensor
-    scale: Tensor  # int16: as floats they would be cast with the rest of a model
+    scale: Tensor  # the bits of it: as floats they would be cast with the rest of a model
 
     def __new__(cls, *args: object, **kwargs: object) -> nn.Module:
         """Makes an ordinary layer: PEFT builds a LoRA's own layers of the class it finds.
@@ -105,6 +86,20 @@ class Packed:
             self.__dict__["kept"] = weight
         return weight
 
+    def lent_weight(self) -> Tensor:
+        """Returns the weight for one use, after which the next layer may overwrite it.
+
+        Only where nothing can hold on to it, as autograd would, and on a CPU, whose memory is slow
+        to get.
+        """
+        kept = self.__dict__.get("kept") is not None or self.resident
+        fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if kept or fresh or self.words.device.type != "cpu":
+            return self.weight
+        room = self.room.of(len(self.words) * word(self.levels).codes)
+        weight = decoded_in(room, self.words, self.scale, self.levels, self.shape)
+        return weight.to(self.compute_dtype)
+
     def _load_from_state_dict(self, *args: object) -> None:
         """Takes other words and scales, and forgets the weight that was decoded of these."""
         self.__dict__.pop("kept", None)
@@ -123,49 +118,30 @@ class Packed:
 class PackedConv2d(Packed, nn.Conv2d):
     """A convolution with packed weights."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.lent_weight(), self.bias)
+
 
 class PackedLinear(Packed, nn.Linear):
     """A linear layer with packed weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.lent_weight(), self.bias)
 
 
 KINDS = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
 PLAIN = {packed: plain for plain, packed in KINDS.items()}
 
 
-def half_scale(scale: Tensor) -> Tensor:
-    """Rounds scales to positive values of float16, in their own type."""
-    tiny, most = torch.finfo(torch.float16).smallest_normal / 1024, torch.finfo(torch.float16).max
-    return scale.clamp(tiny, most).to(torch.float16).to(scale.dtype)
-
-
-@torch.no_grad()
-def packed_weight(weight: Tensor, levels: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds a weight to a grid, and returns what a packed layer holds of it.
-
-    Arguments:
-        weight: The weight, with shape (out, *).
-        levels: The number of levels; odd, at least 3.
-        scale: The scale of each output channel, with shape (out, 1, ...), of values of float16
-            (`half_scale`).
-
-    Returns:
-        The words, and the bits of the scales with shape (out,), int16.
-    """
-    half = scale.to(torch.float16)
-    if not torch.equal(half.to(scale.dtype), scale):
-        raise ValueError("scales must be values of float16, as `half_scale` makes them")
-    codes = quantize(weight, scale.float(), levels).codes
-    return pack(codes, levels), half.flatten().view(torch.int16).clone()
-
-
-def pack_layer_(module: nn.Module, levels: int, words: Tensor, scale: Tensor) -> None:
+def pack_layer_(module: nn.Module, levels: int, words: Tensor, scale: Tensor, room: Room) -> None:
     """Makes a convolution or linear layer a packed one, in place.
 
     Arguments:
         module: Of class `nn.Conv2d` or `nn.Linear` itself.
         levels: The number of levels of its grid.
         words: What stands for its weight, and
-        scale: the bits of its scales: see `packed_weight`.
+        scale: the bits of its scales: see `packed_weights.packed_weight`.
+        room: That it shares with the other layers of its model.
     """
     kind = KINDS.get(type(module))
     if kind is None:
@@ -174,27 +150,34 @@ def pack_layer_(module: nn.Module, levels: int, words: Tensor, scale: Tensor) ->
     del module._parameters["weight"]
     module.__class__ = kind
     module.levels, module.shape, module.compute_dtype = levels, tuple(weight.shape), weight.dtype
-    module.resident = False
+    module.resident, module.room = False, room
     module.register_buffer("words", words)
     module.register_buffer("scale", scale)
 
 
-def prepare_(unet: nn.Module, levels: Mapping[str, int], timesteps: int | None) -> None:
+def prepare_(
+    unet: nn.Module,
+    levels: Mapping[str, int],
+    timesteps: int | None,
+    wide: Collection[str] = (),
+) -> None:
     """Gives a UNet on the meta device the shapes of a packed one, for a checkpoint to fill.
 
     Arguments:
         unet: The UNet, changed in place.
         levels: The levels of each layer that is packed.
         timesteps: For how many time-steps features are cached; None keeps the time layers.
+        wide: Names of tensors that are stored in float32; of scales, these matter.
     """
-    modules = dict(unet.named_modules())
+    room, modules = Room(), dict(unet.named_modules())
     if unknown := sorted(set(levels) - set(modules)):
         raise ValueError(f"the UNet has no layers {unknown[:3]}")
     for name, count in levels.items():
         weight, unit = modules[name].weight, word(count)
-        words = weight.new_empty(-(-weight.numel() // unit.codes), dtype=unit.dtype)
-        scale = weight.new_empty(len(weight), dtype=torch.int16)
-        pack_layer_(modules[name], count, words, scale)
+        words = weight.new_empty(unit.count(weight.numel()), dtype=unit.dtype)
+        bits = torch.int32 if f"{name}.scale" in wide else torch.int16
+        scale = weight.new_empty(len(weight), dtype=bits)
+        pack_layer_(modules[name], count, words, scale, room)
     if timesteps is not None:
         install_time_features_(unet, unknown_features(unet, timesteps))
 
@@ -205,7 +188,7 @@ def unpack_layer_(module: nn.Module) -> None:
     weight = module.weight.clone()
     for name in ("words", "scale"):
         del module._buffers[name]
-    for name in ("levels", "shape", "compute_dtype", "resident", "kept"):
+    for name in ("levels", "shape", "compute_dtype", "resident", "room", "kept"):
         module.__dict__.pop(name, None)
     module.__class__ = PLAIN[type(module)]
     module.weight = nn.Parameter(weight, requires_grad=False)

@@ -6,14 +6,19 @@ memory it takes is that of the process, and not a sum of tensors.
 """
 
 __all__ = [
+    "code_costs",
     "decode_speeds",
+    "entropy",
     "gaussian_unet",
+    "layer_costs",
     "loaded_costs",
+    "rounded_unet",
     "main",
     "saved_costs",
 ]
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -30,10 +35,14 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from bf_lib.diffusers_quantizer import BitsFusionConfig, load_packed, pack_
-from bf_lib.grids import balanced_codes
+from bf_lib.entropy import compressed
+from bf_lib.grids import balanced_codes, fake_quantize, optimal_scale, quantize
 from bf_lib.models import meta_unet, sd15_unet_config
-from bf_lib.packing import pack, unpack, word
+from bf_lib.packed_config import BitsFusionConfig
+from bf_lib.packed_layers import packed_layers
+from bf_lib.packed_unets import load_packed, pack_
+from bf_lib.packed_weights import SCALES, decoded_in, stored_scale
+from bf_lib.packing import pack, unpack, unpack_, word
 from bf_lib.recipe import Recipe, published_recipe
 from bf_lib.timecache import sampling_steps
 
@@ -41,14 +50,36 @@ REPEATS = 5  # of a step, in turns; medians are reported
 
 
 @torch.no_grad()
-def gaussian_unet(config: dict | None = None, seed: int = 0) -> UNet2DConditionModel:
-    """Builds a UNet with Gaussian weights that keep the size of what goes through each layer.
+def rounded_unet(unet: UNet2DConditionModel, config: BitsFusionConfig) -> UNet2DConditionModel:
+    """Returns a copy whose weights are rounded and remain what they were, numbers of their own.
+
+    It computes what a packed UNet must, by other means: nothing is packed.
+    """
+    rounded = copy.deepcopy(unet)
+    config.cache_(rounded)
+    for name, parameter in rounded.named_parameters():
+        layer = name.removesuffix(".weight")
+        levels = config.recipe.levels.get(layer)
+        if levels is None or layer == name:
+            parameter.copy_(parameter.half())
+        else:
+            scale = stored_scale(SCALES[config.scales](parameter, levels))
+            parameter.copy_(fake_quantize(parameter, scale, levels))
+    return rounded
+
+
+@torch.no_grad()
+def gaussian_unet(
+    widths: Sequence[int] = (320, 640, 1280, 1280), seed: int = 0
+) -> UNet2DConditionModel:
+    """Builds SD-v1.5's UNet with Gaussian weights that keep the size of what goes through a layer.
 
     Arguments:
-        config: Of the UNet; SD-v1.5's by default.
+        widths: Of its four resolutions; SD-v1.5's by default.
         seed: Of the weights.
     """
-    unet = meta_unet(config or sd15_unet_config()).to_empty(device="cpu").eval()
+    config = sd15_unet_config() | {"block_out_channels": tuple(widths)}
+    unet = meta_unet(config).to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(seed)
     for module in unet.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -102,7 +133,8 @@ def loaded_costs(folder: Path, latents: int = 32, threads: int | None = None) ->
 
     Returns:
         Columns tier, load_s, resident_mb (by which the process grew), and the medians of a step's
-        time: packed_s, dense_s (with decoded weights kept) and full_s (an ordinary UNet).
+        time: packed_s, dense_s (with decoded weights kept) and full_s (an ordinary UNet), and the
+        ratios packed_over_full and dense_over_full.
     """
     rows = []
     for tier in ("packed", "zstd"):
@@ -110,7 +142,10 @@ def loaded_costs(folder: Path, latents: int = 32, threads: int | None = None) ->
         options = ["--latents", str(latents), "--threads", str(threads or torch.get_num_threads())]
         done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
         rows.append({"tier": tier} | json.loads(done.stdout.splitlines()[-1]))
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    for kind in ("packed", "dense"):
+        table[f"{kind}_over_full"] = table[f"{kind}_s"] / table.full_s
+    return table
 
 
 def _load_and_step(folder: Path, latents: int) -> dict[str, float]:
@@ -146,22 +181,86 @@ def _load_and_step(folder: Path, latents: int) -> dict[str, float]:
     return {"load_s": loading, "resident_mb": resident / 1e6} | medians
 
 
-def decode_speeds(levels: Sequence[int], count: int = 4_000_000) -> pd.DataFrame:
-    """Times how fast codes are unpacked by the threads that torch has.
+def code_costs(levels: Sequence[int], count: int = 1 << 20) -> pd.DataFrame:
+    """Says how many bits a code takes, by how it is stored.
 
     Returns:
-        Columns levels, bits (of a packed code), weights_per_s, and copied_per_s: how many int8
-        codes are copied in the same time, which no decoder can beat.
+        Columns levels; log2, the least if all codes were equally frequent; words, as packed here;
+        fields, a whole number of bits each; and zstd and entropy, of the codes of Gaussian weights
+        with the scale of least error: as stored here, and the least that any code takes.
     """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, count, generator=generator)
     rows = []
     for number in levels:
-        generator = torch.Generator().manual_seed(0)
-        codes = balanced_codes(number)[torch.randint(number, (count,), generator=generator)]
-        words, target = pack(codes, number), torch.empty_like(codes)
-        unpacking = _best(lambda w=words, n=number: unpack(w, n, count))
-        copying = _best(lambda c=codes, t=target: t.copy_(c))
-        rows.append((number, word(number).bits_per_code, count / unpacking, count / copying))
-    return pd.DataFrame(rows, columns=["levels", "bits", "weights_per_s", "copied_per_s"])
+        codes = quantize(weight, optimal_scale(weight, number), number).codes
+        coded = 8 * compressed(codes, number).nbytes / count
+        fields = (number - 1).bit_length()
+        words = word(number).bits_per_code
+        rows.append((number, math.log2(number), words, fields, coded, entropy(codes)))
+    return pd.DataFrame(rows, columns=["levels", "log2", "words", "fields", "zstd", "entropy"])
+
+
+def layer_costs(unet: nn.Module) -> pd.DataFrame:
+    """Says how many bits a code of each packed layer takes, by how it is stored.
+
+    Returns:
+        Columns name, levels, weights, log2, words, zstd and entropy, as in `code_costs`.
+    """
+    rows = []
+    for name, layer in packed_layers(unet).items():
+        count, levels = math.prod(layer.shape), layer.levels
+        codes = unpack(layer.words, levels, count)
+        sizes = (layer.words.nbytes, compressed(codes, levels).nbytes)
+        bits = (math.log2(levels), *(8 * size / count for size in sizes), entropy(codes))
+        rows.append((name, levels, count, *bits))
+    columns = ["name", "levels", "weights", "log2", "words", "zstd", "entropy"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def entropy(codes: Tensor) -> float:
+    """Returns the entropy of the frequencies of codes, in bits: what no lossless code beats."""
+    flat = codes.flatten().long()
+    shares = torch.bincount(flat - flat.min()).double() / len(flat)
+    return float(-(shares * shares.clamp_min(1e-300).log2()).sum())
+
+
+def decode_speeds(
+    levels: Sequence[int], threads: int = 1, count: int = 9 * 1280 * 1280
+) -> pd.DataFrame:
+    """Times how fast weights are decoded into memory that is there, and how fast it is written.
+
+    Arguments:
+        levels: The numbers of levels.
+        threads: Of torch.
+        count: How many weights; by default those of the most frequent kind of SD-v1.5's layers.
+
+    Returns:
+        Columns levels, bits (of a packed code), threads, codes_per_s (codes in int8 or wider),
+        weights_per_s (weights in float32) and written_per_s: how many float32 are written in the
+        same time, which no decoder can beat.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = [(n, word(n).bits_per_code, threads, *_speeds(n, count)) for n in levels]
+    finally:
+        torch.set_num_threads(before)
+    columns = ["levels", "bits", "threads", "codes_per_s", "weights_per_s", "written_per_s"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _speeds(levels: int, count: int) -> tuple[float, float, float]:
+    generator = torch.Generator().manual_seed(0)
+    codes = balanced_codes(levels)[torch.randint(levels, (count,), generator=generator)]
+    words, scale = pack(codes, levels), torch.full((1,), 0.5).half().view(torch.int16)
+    filled = len(words) * word(levels).codes
+    room, target = torch.empty(filled), codes.new_empty(filled)
+    return (
+        count / _best(lambda: unpack_(target, words, levels)),
+        count / _best(lambda: decoded_in(room, words, scale, levels, (1, count))),
+        count / _best(lambda: room[:count].fill_(1.0)),
+    )
 
 
 def _best(run: Callable[[], object]) -> float:
@@ -189,11 +288,10 @@ def main() -> None:
     saved = saved_costs(gaussian_unet(), published_recipe(), options.folder)
     gc.collect()
     print(saved.round(3).to_string(index=False))
-    loaded = loaded_costs(options.folder, options.latents, options.threads)
-    loaded["packed_over_full"] = loaded.packed_s / loaded.full_s
-    loaded["dense_over_full"] = loaded.dense_s / loaded.full_s
-    print(loaded.round(3).to_string(index=False))
-    print(decode_speeds((3, 5, 9, 17, 33, 65, 129)).round(3).to_string(index=False))
+    print(loaded_costs(options.folder, options.latents, options.threads).round(3).to_string())
+    levels = (3, 5, 9, 17, 33, 65, 129)
+    speeds = [decode_speeds(levels, threads) for threads in (1, options.threads)]
+    print(pd.concat(speeds).round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Codes of a grid in whole words, without a bit between (FORMAT.md says it for other readers).
+"""Codes of a grid in whole words, with hardly a bit between (FORMAT.md says it for other readers).
 
 A grid of 2^b + 1 levels fits no number of bits, so one code a field wastes nearly a bit of each.
-Several codes are the digits of one number instead (mixed radix): five 3-level codes make a number
-below 243, which is a byte. Words have the widths of a machine's integers.
+So several codes are first made the digits of one number (mixed radix): five 3-level codes make a
+number below 243, which is 8 bits, and three 5-level codes one below 125, which is 7 bits. Numbers
+then lie side by side in words, which have the widths of a machine's integers: one number of 8 bits
+in a byte, nine numbers of 7 bits in 8 bytes.
 
-The codes of a word lie far apart: with M words, code number p M + j is digit p of word j, the
-lowest digit first. So the digits of many words come apart together, by operations on whole
-tensors, and lie where they belong.
+What belongs together lies far apart. Of S numbers, number s holds the codes s, S + s, 2 S + s and
+so on; of M words, word j holds the numbers j, M + j, 2 M + j and so on. So numbers and codes come
+apart by operations on whole tensors, and lie where they belong.
 """
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "pack",
     "packed_bytes",
     "unpack",
+    "unpack_",
     "word",
 ]
 
@@ -29,18 +32,27 @@ from torch import Tensor
 
 from bf_lib.grids import balanced_codes, bits_of_levels
 
-# Bytes of a word -> the type of a tensor of them. Numbers are unsigned, whatever torch says; those
-# of 8 bytes stay below 2^63.
+# Bytes of a word -> the type of a tensor of them. Words are unsigned, whatever torch says.
 TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 1 << 21  # codes at once: few calls, and what is computed on the way stays in the cache
+KINDS = (torch.int16, torch.int32, torch.int64)  # to compute in, the cheapest first
+EXACT = 1 << 21  # below it, float32 tells quotients apart
+WIDEST = 63  # bits of a number: one sign bit less than the widest word
+CHUNK = 1 << 18  # words at once: few calls, and what is computed on the way stays in the cache
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Word:
     """The unit of packing: so many codes in so many bytes."""
 
-    codes: int
-    bytes: int
+    digits: int  # codes of a number
+    bits: int  # of a number
+    numbers: int  # of a word
+    bytes: int  # of a word
+
+    @property
+    def codes(self) -> int:
+        """The codes of a word."""
+        return self.digits * self.numbers
 
     @property
     def bits_per_code(self) -> float:
@@ -52,28 +64,39 @@ class Word:
         """The type of a tensor of words."""
         return TYPES[self.bytes]
 
+    def count(self, codes: int) -> int:
+        """Returns how many words hold so many codes; the last ones are filled up."""
+        return -(-codes // self.codes)
+
 
 @cache
 def word(levels: int) -> Word:
-    """Returns the word that takes the fewest bits per code; of equals, the shortest.
+    """Returns the word that takes the fewest bits per code.
+
+    Of equals it is the shortest, and of those the one whose numbers have the fewest digits.
 
     Arguments:
         levels: The number of levels; odd, at least 3.
     """
     bits_of_levels(levels)  # says what is wrong with them
-    words = [Word(_codes(levels, size), size) for size in TYPES]
-    return min((w for w in words if w.codes), key=lambda w: (w.bits_per_code, w.bytes))
+    words = []
+    for size in TYPES:
+        for digits in range(1, 8 * size):
+            bits = (levels**digits - 1).bit_length()
+            if bits > min(8 * size, WIDEST):
+                break
+            words.append(Word(digits=digits, bits=bits, numbers=8 * size // bits, bytes=size))
+    return min(words, key=lambda w: (w.bits_per_code, w.bytes, w.digits))
 
 
 def packed_bytes(levels: int, count: int) -> int:
-    """Returns the bytes that codes of a grid take; the last words are filled up.
+    """Returns the bytes that codes of a grid take.
 
     Arguments:
         levels: The number of levels; odd, at least 3.
         count: How many codes.
     """
-    unit = word(levels)
-    return -(-count // unit.codes) * unit.bytes
+    return word(levels).count(count) * word(levels).bytes
 
 
 @torch.no_grad()
@@ -94,18 +117,20 @@ def pack(codes: Tensor, levels: int) -> Tensor:
     flat, bound, unit = codes.flatten(), (levels - 1) // 2, word(levels)
     if len(flat) and (flat.min() < -bound or flat.max() > bound):
         raise ValueError(f"codes of {levels} levels are from -{bound} to {bound}")
-    count = -(-len(flat) // unit.codes)
+    count = unit.count(len(flat))
     filled = flat.new_full((unit.codes * count,), -bound)
     filled[: len(flat)] = flat
-    planes = filled.view(unit.codes, count)
+    planes = filled.view(unit.digits, unit.numbers, count)
     words = torch.empty(count, dtype=unit.dtype, device=codes.device)
-    for part in _parts(count, unit):
-        numbers = from_digits(planes[:, part].to(torch.int64).add_(bound), levels)
-        words[part] = numbers.to(unit.dtype)  # wraps to the signed number of the same bits
+    for part in _parts(count):
+        total = torch.zeros(len(words[part]), dtype=torch.int64, device=codes.device)
+        for field in range(unit.numbers):
+            numbers = from_digits(planes[:, field, part].to(torch.int64).add_(bound), levels)
+            total.bitwise_or_(numbers.bitwise_left_shift_(field * unit.bits))
+        words[part] = total.to(unit.dtype)  # wraps to the signed number of the same bits
     return words
 
 
-@torch.no_grad()
 def unpack(words: Tensor, levels: int, count: int) -> Tensor:
     """Returns the codes of some words: the inverse of `pack`.
 
@@ -118,26 +143,57 @@ def unpack(words: Tensor, levels: int, count: int) -> Tensor:
         The codes with shape (count,), from -B to B, in the type that `grids.quantize` gives them.
     """
     unit = word(levels)
-    if words.dtype != unit.dtype or words.ndim != 1 or len(words) != -(-count // unit.codes):
+    if words.dtype != unit.dtype or words.ndim != 1 or len(words) != unit.count(count):
         raise ValueError(
-            f"{count} codes of {levels} levels are {-(-count // unit.codes)} words of "
+            f"{count} codes of {levels} levels are {unit.count(count)} words of "
             f"{unit.bytes} byte(s), not a tensor {tuple(words.shape)} of {words.dtype}"
         )
     kind = balanced_codes(levels).dtype
-    planes = torch.empty(unit.codes, len(words), dtype=kind, device=words.device)
-    for part in _parts(len(words), unit):
-        numbers = _unsigned(words[part])
-        for plane, digit in zip(planes, digits(numbers, levels, unit.codes), strict=True):
-            plane[part] = digit
-    # In the type of codes the largest digits wrap to negative numbers, and this wraps them back.
-    return planes.view(-1)[:count].sub_((levels - 1) // 2)
+    codes = torch.empty(unit.codes * len(words), dtype=kind, device=words.device)
+    unpack_(codes, words, levels)
+    return codes[:count]
+
+
+@torch.no_grad()
+def unpack_(target: Tensor, words: Tensor, levels: int) -> None:
+    """Writes the codes of some words, with those that fill up the last ones.
+
+    Arguments:
+        target: Where to, with shape (M codes of a word,), in a type that holds the codes.
+        words: The words, with shape (M,).
+        levels: The number of levels; odd, at least 3.
+    """
+    unit, bound = word(levels), (levels - 1) // 2
+    planes = target.view(unit.digits, unit.numbers, len(words))
+    for part in _parts(len(words)):
+        for field, numbers in enumerate(_numbers(words[part], unit)):
+            for plane, digit in zip(planes, digits(numbers, levels, unit.digits), strict=True):
+                # Whole numbers that stay in the cache are cheaper to subtract from than floats.
+                plane[field, part] = digit.sub_(bound)
 
 
 def has_only_codes(words: Tensor, levels: int) -> bool:
     """Tells whether words are ones that `pack` could have made, with no number too large."""
-    limit = levels ** word(levels).codes
-    numbers = _unsigned(words)
-    return not len(words) or bool((numbers.min() >= 0) & (numbers.max() < limit))
+    unit = word(levels)
+    used, limit = unit.numbers * unit.bits, levels**unit.digits
+    for part in _parts(len(words)):
+        if used < 8 * unit.bytes and bool((_unsigned(words[part]) >> used).any()):
+            return False
+        if any(bool((numbers >= limit).any()) for numbers in _numbers(words[part], unit)):
+            return False
+    return True
+
+
+def _numbers(words: Tensor, unit: Word) -> Iterator[Tensor]:
+    """Yields the numbers of words, field by field, in tensors that may be written to."""
+    kind = next(kind for kind in KINDS if _bits(kind) >= unit.bits)
+    wide, mask = _unsigned(words), (1 << unit.bits) - 1
+    for field in range(unit.numbers):
+        numbers = wide.bitwise_right_shift(field * unit.bits) if field else wide
+        if unit.bits < 8 * unit.bytes:
+            yield numbers.to(kind, copy=not field).bitwise_and_(mask)
+        else:
+            yield numbers.to(kind)
 
 
 # ---- digits
@@ -169,30 +225,40 @@ def digits(numbers: Tensor, levels: int, count: int) -> Iterator[Tensor]:
     if count == 1:
         yield numbers
         return
-    low = count // 2
+    low = _low_digits(levels, count)
     upper, lower = _divided(numbers, levels**low, levels**count)
     yield from digits(lower, levels, low)
     yield from digits(upper, levels, count - low)
 
 
-def _codes(levels: int, size: int) -> int:
-    """Returns how many codes a word of so many bytes holds: exact, in whole numbers."""
-    limit = min(256**size, 2**63)
-    count = 0
-    while levels ** (count + 1) <= limit:
-        count += 1
-    return count
+@cache
+def _low_digits(levels: int, count: int) -> int:
+    """Returns how many digits to part from the others: some half, where division is cheapest."""
+    bound = levels**count
+    cost = {
+        low: len(KINDS) if (k := _reciprocal(levels**low, bound)) is None else KINDS.index(k[0])
+        for low in range(1, count)
+    }
+    return min(cost, key=lambda low: (cost[low], abs(2 * low - count)))
 
 
-def _parts(count: int, unit: Word) -> Iterator[slice]:
+def _parts(count: int) -> Iterator[slice]:
     """Cuts words into pieces that stay in the cache."""
-    size = max(1, CHUNK // unit.codes)
-    for start in range(0, count, size):
-        yield slice(start, start + size)
+    for start in range(0, count, CHUNK):
+        yield slice(start, start + CHUNK)
+
+
+def _bits(kind: torch.dtype) -> int:
+    """Returns the bits of the numbers that a signed type holds."""
+    return torch.iinfo(kind).bits - 1
 
 
 def _unsigned(words: Tensor) -> Tensor:
-    """Returns the numbers that words are, in a signed type that holds them."""
+    """Returns the numbers that words are, in a signed type that holds them.
+
+    Those of 8 bytes stay as they are: a shift to the right repeats their first bit, and what uses
+    it masks that away.
+    """
     match words.dtype:
         case torch.uint8:
             return words.to(torch.int16)
@@ -206,30 +272,34 @@ def _unsigned(words: Tensor) -> Tensor:
 
 def _divided(numbers: Tensor, divisor: int, bound: int) -> tuple[Tensor, Tensor]:
     """Returns the quotients and remainders of numbers from 0 to below a bound."""
-    for kind in (torch.int16, torch.int32, torch.int64):
-        if found := _reciprocal(divisor, bound, torch.iinfo(kind).bits - 1):
-            factor, shift = found
-            numbers = numbers.to(kind)
-            quotient = (numbers * factor).bitwise_right_shift_(shift)
-            return quotient, numbers - quotient * divisor
-    quotient = torch.div(numbers, divisor, rounding_mode="trunc")
-    return quotient, numbers - quotient * divisor
+    if found := _reciprocal(divisor, bound):
+        kind, factor, shift = found
+        numbers = numbers.to(kind)
+        quotient = (numbers * factor).bitwise_right_shift_(shift)
+    elif bound <= EXACT:
+        # (x + 1/2) / d is at least 1/(2 d) away from a whole number, more than two roundings do.
+        numbers = numbers.to(torch.int32)
+        quotient = numbers.to(torch.float32).add_(0.5).mul_(1 / divisor).to(torch.int32)
+    else:
+        quotient = torch.div(numbers, divisor, rounding_mode="trunc")
+    return quotient, torch.sub(numbers, quotient, alpha=divisor)
 
 
 @cache
-def _reciprocal(divisor: int, bound: int, bits: int) -> tuple[int, int] | None:
+def _reciprocal(divisor: int, bound: int) -> tuple[torch.dtype, int, int] | None:
     """Finds a factor and a shift that divide all numbers from 0 to below a bound.
 
     With m = ceil(2^s / d), m x / 2^s exceeds x / d by x (m d - 2^s) / (d 2^s). As long as that is
     below 1 / d, no whole number lies between the two (Granlund and Montgomery, 1994).
 
-    Arguments:
-        divisor: What to divide by.
-        bound: Of the numbers.
-        bits: That a product may have.
+    Returns:
+        The smallest type that products fit, the factor m and the shift s; None if it is wider
+        than 32 bits, in which multiplying is no longer cheap.
     """
-    for shift in range(bits):
-        factor = -(-(2**shift) // divisor)
-        if (bound - 1) * (factor * divisor - 2**shift) < 2**shift:
-            return (factor, shift) if (bound - 1) * factor < 2**bits else None
+    for kind in KINDS[:2]:
+        for shift in range(_bits(kind)):
+            factor = -(-(2**shift) // divisor)
+            exact = (bound - 1) * (factor * divisor - 2**shift) < 2**shift
+            if exact and (bound - 1) * factor < 2 ** _bits(kind):
+                return kind, factor, shift
     return None

@@ -45,13 +45,14 @@ class _AfterImport(MetaPathFinder):
 
 
 class _Later:
-    """Stands for a class of `bf_lib.diffusers_quantizer` until it is asked for something."""
+    """Stands for a class until it is asked for something."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
 
     def _real(self) -> type:
-        return getattr(import_module("bf_lib.diffusers_quantizer"), self._name)
+        import_module("bf_lib.diffusers_quantizer")  # puts the real ones into the tables
+        return getattr(import_module(self._module), self._name)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self._real()(*args, **kwargs)
@@ -61,5 +62,9 @@ class _Later:
 
 
 def _add(tables: ModuleType) -> None:
-    tables.AUTO_QUANTIZER_MAPPING[METHOD] = _Later("BitsFusionQuantizer")
-    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Later("BitsFusionConfig")
+    tables.AUTO_QUANTIZER_MAPPING[METHOD] = _Later(
+        "bf_lib.diffusers_quantizer", "BitsFusionQuantizer"
+    )
+    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Later(
+        "bf_lib.packed_config", "BitsFusionConfig"
+    )

@@ -26,7 +26,7 @@ import pandas as pd
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from bf_lib.checkpoint import Header
+from bf_lib.checkpoint import STORED_AS, Header, left_out
 from bf_lib.grids import bits_of_levels
 from bf_lib.layers import ENDS, TIMED, Layer, all_layers, block_of
 from bf_lib.models import MODELS, meta_unet, sd15_unet_config
@@ -38,8 +38,6 @@ FEATURE_BITS, OTHER_BITS = 16, 32
 HALF = 2  # bytes of a float16
 # Types as safetensors calls them, and their bytes; in a file, the last of these come first.
 BYTES = {"U8": 1, "I16": 2, "F16": 2, "I32": 4, "I64": 8}
-WORDS = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}
-LEFT = "the recipe leaves it as it is"
 COLUMNS = ("name", "block", "kind", "count", "ideal_bits", "counted", "dtype", "shape")
 KINDS = (
     "codes",
@@ -147,10 +145,10 @@ def size_report(
         BYTES[kind] * prod(map(int, shape.split("x")))
         for kind, shape in zip(parts.dtype, parts["shape"], strict=True)
     ]
-    left = {layer.name: layer.excluded or LEFT for layer in layers if layer.name not in levels}
     header = None
     if recipe is not None:
         made = dict(recipe.made) | {"scales": "alternating"}
+        left = left_out(layers, levels, timesteps is not None)
         header = Header(levels=dict(levels), left=left, timesteps=timesteps, made=made)
     size = header_bytes(parts, header)
     parts.loc[len(parts)] = "header", "file", "metadata", 0, 0.0, False, "U8", str(size), size
@@ -179,9 +177,9 @@ def _parts(
                 yield f"{name}.features", block, *row, "F16", shape
         elif name in levels:
             unit = word(levels[name])
-            words = str(-(-count // unit.codes))
+            words = str(unit.count(count))
             bits = bits_of_levels(levels[name])
-            yield f"{name}.words", block, kind, count, bits, True, WORDS[unit.bytes], words
+            yield f"{name}.words", block, kind, count, bits, True, STORED_AS[unit.dtype], words
             kind = "scales" if kind == "codes" else kind
             count = layer.out_channels
             yield f"{name}.scale", block, kind, count, OTHER_BITS, False, "I16", str(count)

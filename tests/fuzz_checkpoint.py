@@ -23,8 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from bf_lib.checkpoint import CheckpointError, config_digest, tensor_digest
-from bf_lib.diffusers_quantizer import BitsFusionConfig, load_packed, save_packed
 from bf_lib.layers import list_layers
+from bf_lib.packed_config import BitsFusionConfig
+from bf_lib.packed_unets import load_packed, save_packed
 from bf_lib.recipe import Recipe
 
 SLOW = 20.0  # seconds that no file may take

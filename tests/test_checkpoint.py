@@ -29,8 +29,9 @@ from bf_lib.checkpoint import (
     tensor_digest,
 )
 from bf_lib.checkpoint_files import checked
-from bf_lib.diffusers_quantizer import BitsFusionConfig, load_packed, pack_, save_packed
 from bf_lib.layers import list_layers
+from bf_lib.packed_config import BitsFusionConfig
+from bf_lib.packed_unets import load_packed, pack_, save_packed
 from bf_lib.recipe import Recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -304,7 +305,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from bf_lib.diffusers_quantizer import load_packed
+from bf_lib.packed_unets import load_packed
 import safetensors.torch
 
 unet = load_packed(sys.argv[1])
@@ -351,15 +352,15 @@ def test_a_reader_written_from_the_format_reads_the_same_weights(folder):
         count = weight.numel()
         if said["compress"]:
             per = max(n for n in range(1, 9) if levels**n <= 256)
-            content = zstandard.ZstdDecompressor().decompress(stored(f"{layer}.zstd"))
-            numbers = list(content)
+            numbers = list(zstandard.ZstdDecompressor().decompress(stored(f"{layer}.zstd")))
         else:
-            size, per = {3: (1, 5), 5: (8, 27), 9: (2, 5)}[levels]
+            size, fields, bits, per = {3: (1, 1, 8, 5), 5: (8, 9, 7, 3), 9: (2, 1, 16, 5)}[levels]
             content = stored(f"{layer}.words")
-            numbers = [
+            words = [
                 int.from_bytes(content[n : n + size], "little")
                 for n in range(0, len(content), size)
             ]
+            numbers = [w >> f * bits & 2**bits - 1 for f in range(fields) for w in words]
         digits = [number // levels**p % levels for p in range(per) for number in numbers]
         codes = np.array(digits[:count], np.float32) - (levels - 1) // 2
         scale = np.frombuffer(stored(f"{layer}.scale"), "<f2").astype(np.float32)

@@ -19,17 +19,14 @@ from toys import WIDTH, toy_pipeline, toy_unet
 
 import bf_lib
 from bf_lib.checkpoint import CheckpointError
-from bf_lib.diffusers_quantizer import (
-    BitsFusionConfig,
-    BitsFusionQuantizer,
-    PackedModel,
-    load_packed,
-    pack_,
-    save_packed,
-)
+from bf_lib.diffusers_quantizer import BitsFusionQuantizer
 from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.layers import TIMED, all_layers, get_layer, list_layers
-from bf_lib.packed_layers import half_scale, packed_layers, set_residency
+from bf_lib.packed_config import BitsFusionConfig
+from bf_lib.packed_layers import packed_layers, set_residency
+from bf_lib.packed_model import PackedModel
+from bf_lib.packed_unets import load_packed, pack_, save_packed
+from bf_lib.packed_weights import stored_scale
 from bf_lib.recipe import Recipe, RecipeError
 from bf_lib.timecache import (
     cache_time_features_,
@@ -88,7 +85,7 @@ def expected(full, recipe, asked):
     with torch.no_grad():
         for name, levels in recipe.levels.items():
             weight = get_layer(unet, name).weight
-            scale = half_scale(alternating_scale(weight, levels))
+            scale = stored_scale(alternating_scale(weight, levels))
             weight.copy_(fake_quantize(weight, scale, levels))
         packed = {f"{name}.weight" for name in recipe.levels}
         for name, value in unet.named_parameters():
@@ -377,7 +374,7 @@ def test_weights_on_a_grid_of_known_scales_stay_what_they_are(full, asked, tmp_p
         for layer in list_layers(unet):
             weight = get_layer(unet, layer.name).weight
             shape = (len(weight), *[1] * (weight.ndim - 1))
-            scales[layer.name] = half_scale(0.01 + 0.02 * torch.rand(shape, generator=generator))
+            scales[layer.name] = stored_scale(0.01 + 0.02 * torch.rand(shape, generator=generator))
             codes = torch.randint(-3, 4, weight.shape, generator=generator)
             weight.copy_(codes * scales[layer.name])
     expected = answer(unet, asked)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bf_lib import packing
 from bf_lib.grids import balanced_codes
-from bf_lib.packing import Word, has_only_codes, pack, packed_bytes, unpack, word
+from bf_lib.packing import Word, digits, has_only_codes, pack, unpack, word
 
 PAPER = (3, 5, 9, 17, 33, 65, 129, 257)
 odd = st.integers(1, 500).map(lambda n: 2 * n + 1)
@@ -23,36 +23,47 @@ def drawn(levels: int, count: int, seed: int = 0) -> torch.Tensor:
 
 def test_the_words_of_the_papers_levels():
     words = {levels: word(levels) for levels in PAPER}
-    assert words[3] == Word(5, 1)  # 243 of 256
-    assert words[5] == Word(27, 8)
-    assert words[9] == Word(5, 2)
+    assert words[3] == Word(digits=5, bits=8, numbers=1, bytes=1)  # 243 of 256
+    assert words[5] == Word(digits=3, bits=7, numbers=9, bytes=8)  # 125 of 128
+    assert words[9] == Word(digits=5, bits=16, numbers=1, bytes=2)
+    assert words[17] == Word(digits=5, bits=21, numbers=3, bytes=8)
     bits = [round(w.bits_per_code, 3) for w in words.values()]
     assert bits == [1.6, 2.37, 3.2, 4.267, 5.333, 6.4, 8.0, 9.143]
 
 
 @given(odd)
-def test_all_words_hold_their_codes_and_not_one_more_would_fit(levels):
+def test_no_other_word_takes_fewer_bits(levels):
     unit = word(levels)
-    room = min(256**unit.bytes, 2**63)  # of a signed type
-    assert levels**unit.codes <= room < levels ** (unit.codes + 1)
+    assert levels**unit.digits <= 2**unit.bits <= 2**63
+    assert unit.numbers * unit.bits <= 8 * unit.bytes
     assert math.log2(levels) <= unit.bits_per_code
-    for size in (1, 2, 4, 8):  # no other word does better
-        codes = max(n for n in range(65) if levels**n <= min(256**size, 2**63))
-        assert codes == 0 or unit.bits_per_code <= 8 * size / codes
+    for size in (1, 2, 4, 8):
+        for count in range(1, 64):  # digits of a number
+            bits = next(n for n in range(64) if levels**count <= 2**n or n == 63)
+            if levels**count <= 2**bits and bits <= 8 * size:
+                codes = count * (8 * size // bits)
+                assert unit.bits_per_code <= 8 * size / codes
 
 
 @given(odd, st.integers(0, 10_000))
-def test_bytes_are_enough_and_at_most_a_word_more(levels, count):
-    size = packed_bytes(levels, count)
-    assert 8 * size >= count * math.log2(levels) - 1e-6
-    assert size - count * word(levels).bits_per_code / 8 < word(levels).bytes
+def test_words_are_enough_and_not_one_too_many(levels, count):
+    unit = word(levels)
+    assert (unit.count(count) - 1) * unit.codes < count <= unit.count(count) * unit.codes
+
+
+@pytest.mark.parametrize("levels, count", [(3, 5), (5, 3), (9, 5), (17, 5), (33, 3), (129, 3)])
+def test_digits_of_all_numbers(levels, count):
+    """However they are divided: by reciprocals in 16 or 32 bits, or in float32."""
+    numbers = torch.arange(levels**count)
+    for place, digit in enumerate(digits(numbers, levels, count)):
+        assert torch.equal(digit.long(), numbers // levels**place % levels)
 
 
 @given(odd, st.integers(0, 300), st.integers(0, 2**32))
 def test_codes_come_back(levels, count, seed):
     codes = drawn(levels, count, seed)
     words = pack(codes, levels)
-    assert words.nbytes == packed_bytes(levels, count) and words.dtype == word(levels).dtype
+    assert len(words) == word(levels).count(count) and words.dtype == word(levels).dtype
     assert has_only_codes(words, levels)
     back = unpack(words, levels, count)
     assert back.dtype == codes.dtype and torch.equal(back, codes)
@@ -60,18 +71,20 @@ def test_codes_come_back(levels, count, seed):
 
 @pytest.mark.parametrize("levels", PAPER)
 def test_words_are_what_the_format_says(levels):
-    """Against whole numbers of Python: code p M + j is digit p of word j."""
+    """Against whole numbers of Python: what belongs together lies far apart, in two steps."""
     codes = drawn(levels, 1000)
     unit = word(levels)
-    digits = (codes.int() + (levels - 1) // 2).tolist()
     count = math.ceil(1000 / unit.codes)
-    digits += [0] * (count * unit.codes - 1000)
-    expected = b"".join(
-        sum(digits[p * count + j] * levels**p for p in range(unit.codes)).to_bytes(
-            unit.bytes, "little"
-        )
+    digits = (codes.int() + (levels - 1) // 2).tolist() + [0] * (count * unit.codes - 1000)
+    total = count * unit.numbers
+    numbers = [
+        sum(digits[p * total + s] * levels**p for p in range(unit.digits)) for s in range(total)
+    ]
+    words = [
+        sum(numbers[f * count + j] << f * unit.bits for f in range(unit.numbers))
         for j in range(count)
-    )
+    ]
+    expected = b"".join(number.to_bytes(unit.bytes, "little") for number in words)
     assert pack(codes, levels).numpy().tobytes() == expected
 
 
@@ -89,32 +102,35 @@ def test_any_shape_is_taken_row_by_row():
     assert torch.equal(pack(codes.transpose(0, 2), 5), pack(codes.transpose(0, 2).flatten(), 5))
 
 
-@given(st.integers(2, 10**6), st.integers(2, 2**40), st.sampled_from([15, 31, 63]))
-def test_reciprocals_divide_exactly(divisor, bound, bits):
-    found = packing._reciprocal(divisor, bound, bits)
+@given(st.integers(2, 10**6), st.integers(2, 2**40))
+def test_reciprocals_divide_exactly(divisor, bound):
+    found = packing._reciprocal(divisor, bound)
     if found is None:
         return
-    factor, shift = found
+    kind, factor, shift = found
     near = {n * divisor + d for n in (1, 2, bound // divisor) for d in (-1, 0, 1)}
     for number in {0, 1, bound - 1, *near}:
         if 0 <= number < bound:
-            assert number * factor < 2**bits
+            assert number * factor <= torch.iinfo(kind).max
             assert number * factor >> shift == number // divisor
 
 
-def test_every_small_number_is_divided(levels=9):
-    numbers = torch.arange(levels**5)
-    for divisor in (levels, levels**2, levels**4):
-        quotient, remainder = packing._divided(numbers, divisor, levels**5)
-        assert torch.equal(quotient.long(), numbers // divisor)
-        assert torch.equal(remainder.long(), numbers % divisor)
+@given(st.integers(2, 2**21), st.integers(0, 2**21 - 1))
+def test_floats_divide_exactly(divisor, near):
+    numbers = torch.tensor([0, 2**21 - 1, near, near // divisor * divisor])
+    numbers = torch.cat([numbers, (numbers - 1).clamp(0), near % divisor + numbers[:1]])
+    quotient, remainder = packing._divided(numbers, divisor, packing.EXACT)
+    assert torch.equal(quotient.long(), numbers // divisor)
+    assert torch.equal(remainder.long(), numbers % divisor)
 
 
 def test_numbers_that_are_no_words_are_told():
     assert not has_only_codes(torch.tensor([3, 243], dtype=torch.uint8), 3)
     assert has_only_codes(torch.tensor([3, 242], dtype=torch.uint8), 3)
     assert not has_only_codes(torch.tensor([-1]), 5)  # 2^64 - 1
-    assert not has_only_codes(torch.tensor([5**27]), 5)
+    assert not has_only_codes(torch.tensor([125 << 14]), 5)
+    assert has_only_codes(torch.tensor([124 << 56]), 5)
+    assert not has_only_codes(torch.tensor([-(2**63)]), 5)  # a bit that no number has
     assert not has_only_codes(torch.tensor([-6487], dtype=torch.int16), 9)  # 59049
     assert has_only_codes(torch.tensor([-6488], dtype=torch.int16), 9)
 

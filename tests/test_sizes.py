@@ -5,9 +5,10 @@ import math
 import pytest
 from toys import toy_unet
 
-from bf_lib.diffusers_quantizer import BitsFusionConfig, save_packed
 from bf_lib.layers import list_layers
 from bf_lib.models import MODELS, meta_unet, mini_unet_config, sd15_unet_config
+from bf_lib.packed_config import BitsFusionConfig
+from bf_lib.packed_unets import save_packed
 from bf_lib.packing import packed_bytes
 from bf_lib.recipe import Recipe, RecipeError, published_recipe
 from bf_lib.sizes import size_report

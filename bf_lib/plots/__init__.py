@@ -6,8 +6,10 @@ __all__ = [
     "METRICS",
     "additivity",
     "block_sizes",
+    "code_bits",
     "correlation_heatmaps",
     "cumulative_damage",
+    "decoding",
     "error_by_layer",
     "error_by_levels",
     "estimate_scatter",
@@ -15,6 +17,7 @@ __all__ = [
     "family_of",
     "fidelity",
     "frontier",
+    "layer_bits",
     "layer_card",
     "paper_intervals",
     "parameters_by_block",
@@ -28,6 +31,7 @@ __all__ = [
     "sensitivity_by_role",
     "short",
     "steps_to_converge",
+    "stored_by",
     "time_damage",
     "time_map",
     "training_curves",
@@ -57,6 +61,7 @@ from bf_lib.plots.grids import (
     steps_to_converge,
     weight_histograms,
 )
+from bf_lib.plots.packed import code_bits, decoding, layer_bits, stored_by
 from bf_lib.plots.recipes import (
     METHODS,
     additivity,

@@ -1,0 +1,93 @@
+"""Packing, saving and loading UNets, in a call each."""
+
+__all__ = ["load_packed", "pack_", "save_packed"]
+
+import copy
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from bf_lib.checkpoint_files import checked
+from bf_lib.diffusers_quantizer import BitsFusionQuantizer, first_header
+from bf_lib.packed_config import BitsFusionConfig
+from bf_lib.packed_layers import Room, pack_layer_, packed_layers, set_residency
+from bf_lib.packed_model import packed_class
+
+
+def pack_(
+    unet: UNet2DConditionModel,
+    config: BitsFusionConfig,
+    scales: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Packs a UNet in place, exactly as `from_pretrained` with this configuration would.
+
+    All parameters that are not packed are rounded to float16, which is what they are stored in.
+
+    Arguments:
+        unet: The UNet.
+        config: How to pack it.
+        scales: Scales that are known, by layer, with shape (out, 1, ...), in place of those that
+            would be searched for: weights that lie on the grid of their scale stay what they are,
+            bit for bit. They take 16 bits each where all of a layer are values of float16, else
+            32; `packed_weights.stored_scale` makes them so.
+
+    Raises:
+        RecipeError: If the recipe is not one for this UNet.
+    """
+    config.recipe.check(unet)
+    quantizer = BitsFusionQuantizer(config, pre_quantized=True)
+    quantizer.header = first_header(unet, config)
+    config.cache_(unet)
+    modules, known, room = dict(unet.named_modules()), scales or {}, Room()
+    for name, parameter in list(unet.named_parameters()):
+        layer = name.removesuffix(".weight")
+        stored = config.stored(name, parameter.detach(), known.get(layer))
+        if name in stored:
+            parameter.data.copy_(stored[name])
+        else:
+            pack_layer_(modules[layer], config.recipe.levels[layer], *stored.values(), room)
+    quantizer.weights = {name: prod(m.shape) for name, m in packed_layers(unet).items()}
+    unet.__class__ = packed_class(type(unet))
+    unet.hf_quantizer, unet.is_quantized = quantizer, True
+    unet.quantization_method = config.quant_method
+    unet.register_to_config(quantization_config=config)
+
+
+def save_packed(
+    unet: UNet2DConditionModel, folder: str | Path, config: BitsFusionConfig | None = None
+) -> None:
+    """Saves a UNet packed; the UNet itself stays as it is.
+
+    Arguments:
+        unet: A UNet that is packed already, or one to pack.
+        folder: Where to.
+        config: How to pack it.
+    """
+    if config is not None:
+        unet = copy.deepcopy(unet)
+        pack_(unet, config)
+    unet.save_pretrained(folder)
+
+
+def load_packed(
+    folder: str | Path, residency: str | int = "packed", subfolder: str = "", **kwargs: object
+) -> UNet2DConditionModel:
+    """Loads a packed UNet after a look at all that its files say of themselves.
+
+    Arguments:
+        folder: A folder in which a packed UNet was saved.
+        residency: "packed", "dense", or bytes: see `packed_layers.set_residency`.
+        subfolder: Where in the folder it is: "unet" in that of a pipeline.
+        kwargs: Others of `from_pretrained`, such as `torch_dtype` and `device_map`.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged, or not one.
+    """
+    folder = Path(folder) / subfolder
+    checked(folder)
+    unet = UNet2DConditionModel.from_pretrained(folder, **kwargs)
+    set_residency(unet, residency)
+    return unet
