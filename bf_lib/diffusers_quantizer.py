@@ -43,6 +43,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.header: Header | None = None
         self.weights: dict[str, int] = {}  # how many each packed layer has
+        self.scales: dict[str, nn.Module] = {}  # while a model is packed: name -> layer
         self.unrounded: tuple[str, ...] = ()  # parameters that are needed for time features only
         self.dtype: torch.dtype | None = None  # that a model is packed for
         recipe = quantization_config.recipe
@@ -86,7 +87,9 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             levels, timesteps = self.quantization_config.recipe.levels, None
             self.header = first_header(model, self.quantization_config)
         prepare_(model, levels, timesteps, self.header.wide)
-        self.weights = {name: prod(m.shape) for name, m in packed_layers(model).items()}
+        layers = packed_layers(model)
+        self.weights = {name: prod(layer.shape) for name, layer in layers.items()}
+        self.scales = {f"{name}.scale": layer for name, layer in layers.items()}
         model.__class__ = packed_class(type(model))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,6 +100,9 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         for name, value in state_dict.items():
             as_it_is = name in self.unrounded
             state |= {name: value} if as_it_is else self.quantization_config.stored(name, value)
+        for name in state.keys() & self.scales.keys():
+            # What is loaded gets the type of what is there; that of scales is known only now.
+            self.scales[name].scale = torch.empty_like(state[name], device="meta")
         return state
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
@@ -106,7 +112,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             self.quantization_config.cache_(model)
             if self.dtype is not None:
                 nn.Module.to(model, self.dtype)
-        self.pre_quantized = True
+        self.pre_quantized, self.scales = True, {}
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False

@@ -206,16 +206,16 @@ def set_residency(model: nn.Module, residency: str | int) -> None:
         model: A model with packed layers.
         residency: "packed" decodes a weight whenever it is used: the least memory. "dense" keeps
             all: the least time, and the memory of the original. A number is the most bytes of
-            weights that may be kept; those that take longest to decode for their size come first.
+            weights that may be kept; the smallest come first, since to decode one takes some time
+            whatever its size.
     """
     layers = packed_layers(model)
     if residency not in ("packed", "dense") and (type(residency) is not int or residency < 0):
         raise ValueError(f"residency must be 'packed', 'dense' or bytes, got {residency!r}")
     room = {"packed": 0, "dense": float("inf")}.get(residency, residency)
-    for layer in sorted(
-        layers.values(), key=lambda layer: (-word(layer.levels).codes, layer.levels)
-    ):
-        size = prod(layer.shape) * layer.compute_dtype.itemsize
+    sizes = {n: prod(m.shape) * m.compute_dtype.itemsize for n, m in layers.items()}
+    for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+        layer = layers[name]
         layer.resident = size <= room
         room -= size if layer.resident else 0
         if not layer.resident:

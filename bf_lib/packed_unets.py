@@ -3,6 +3,9 @@
 __all__ = ["load_packed", "pack_", "save_packed"]
 
 import copy
+import ctypes
+import gc
+import sys
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -90,4 +93,12 @@ def load_packed(
     checked(folder)
     unet = UNet2DConditionModel.from_pretrained(folder, **kwargs)
     set_residency(unet, residency)
+    _give_back()
     return unet
+
+
+def _give_back() -> None:
+    """Gives back to the system what was freed while loading, which glibc would keep."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

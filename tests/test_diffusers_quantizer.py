@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from toys import WIDTH, toy_pipeline, toy_unet
 
 import bf_lib
-from bf_lib.checkpoint import CheckpointError
+from bf_lib.checkpoint import LEFT, CheckpointError
 from bf_lib.diffusers_quantizer import BitsFusionQuantizer
 from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.layers import TIMED, all_layers, get_layer, list_layers
@@ -179,6 +180,9 @@ def test_residency_changes_no_number(saved, asked, expected, residency):
     else:
         assert size <= (0 if residency == "packed" else residency)
         assert bool(kept) == (residency == 200_000)
+        others = [m for m in packed_layers(unet).values() if m not in kept]
+        smallest = min(math.prod(layer.shape) for layer in others)
+        assert all(math.prod(layer.shape) <= smallest for layer in kept)
     set_residency(unet, "packed")
     assert unet.get_memory_footprint() == sum(b.nbytes for b in unet.buffers()) + sum(
         p.nbytes for p in unet.parameters()
@@ -509,3 +513,82 @@ def test_gradient_checkpointing_changes_no_gradient(saved, asked):
         unet(**asked | {"sample": x}).sample.square().mean().backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+def test_layers_decode_in_one_place_that_is_their_models_own(saved, asked, expected):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    twin = copy.deepcopy(unet)
+    rooms = [{id(layer.room) for layer in packed_layers(m).values()} for m in (unet, twin)]
+    assert [len(ids) for ids in rooms] == [1, 1] and rooms[0] != rooms[1]
+    with torch.inference_mode():  # and then in the other mode
+        assert torch.equal(unet(**asked, return_dict=False)[0], expected)
+    room = next(iter(packed_layers(unet).values())).room
+    place = room.of(1).data_ptr()
+    assert torch.equal(answer(unet, asked), expected)
+    assert room.of(1).data_ptr() == place
+    for layer in packed_layers(unet).values():
+        assert torch.equal(layer.lent_weight(), layer.weight)  # in grad mode
+        with torch.no_grad():
+            assert torch.equal(layer.lent_weight(), layer.weight)
+
+
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_scales_too_small_for_float16_are_kept_in_float32(full, tmp_path, compress, asked):
+    unet = copy.deepcopy(full)
+    name = list_layers(unet)[3].name
+    with torch.no_grad():
+        get_layer(unet, name).weight.mul_(1e-6)
+        unet.conv_norm_out.bias[0] = 1e6
+    unet.save_pretrained(tmp_path / "full")
+    config = BitsFusionConfig(Recipe(every(5)), compress=compress)
+    save_packed(unet, tmp_path / "packed", config)
+    wide = header_of(tmp_path / "packed")["wide"]
+    assert wide.keys() == {f"{name}.scale", "conv_norm_out.bias"}
+    assert "float16 is too coarse" in wide[f"{name}.scale"]
+    load = UNet2DConditionModel.from_pretrained
+    ours = [load_packed(tmp_path / "packed"), load(tmp_path / "full", quantization_config=config)]
+    weight = get_layer(unet, name).weight
+    expected = fake_quantize(weight, alternating_scale(weight, 5), 5)
+    for unet in ours:
+        assert get_layer(unet, name).scale.dtype == torch.int32
+        assert torch.equal(get_layer(unet, name).weight, expected)
+        assert unet.conv_norm_out.bias[0] == 1e6
+        unet.save_pretrained(tmp_path / "again")
+        assert content(tmp_path / "again") == content(tmp_path / "packed")
+
+
+def test_packed_layers_say_why_time_layers_are_left(full, tmp_path):
+    save_packed(full, tmp_path, BitsFusionConfig(Recipe(every(3))))
+    left = header_of(tmp_path)["left"]
+    assert left["time_embedding.linear_1"] == LEFT and left["conv_in"] == "first layer"
+
+
+def test_features_without_time_layers_are_only_saved_packed(saved, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed").dequantize()
+    with pytest.raises(ValueError, match="save it before"):
+        unet.save_pretrained(tmp_path)
+
+
+def test_a_disk_is_no_place_for_packed_layers(saved, tmp_path):
+    with pytest.raises(ValueError, match="put them on the CPU"):
+        UNet2DConditionModel.from_pretrained(
+            saved / "packed", device_map={"": "disk"}, offload_folder=tmp_path
+        )
+
+
+def test_data_parallel_training_sends_no_packed_weights(saved, asked, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    ignored = set(unet._ddp_params_and_buffers_to_ignore)
+    assert {name for name, _ in unet.named_buffers() if name.endswith((".words", ".scale"))} <= (
+        ignored
+    )
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(unet)
+        assert parallel.parameters_to_ignore == ignored
+        parallel(**asked).sample.square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad is not None for p in unet.parameters() if p.requires_grad)
