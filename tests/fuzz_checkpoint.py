@@ -25,7 +25,7 @@ from safetensors.torch import save
 from bf_lib.checkpoint import CheckpointError, config_digest, tensor_digest
 from bf_lib.layers import list_layers
 from bf_lib.packed_config import BitsFusionConfig
-from bf_lib.packed_unets import load_packed, save_packed
+from bf_lib.packed_unets import load_packed, pack_
 from bf_lib.recipe import Recipe
 
 SLOW = 20.0  # seconds that no file may take
@@ -33,8 +33,8 @@ MEMORY = 4 << 30  # bytes of addresses, beside those that torch has taken
 TOKENS = ("0", "-1", "1e309", "null", "[]", "{}", '"', "\\", "99999999999999999999", "NaN", "true")
 
 
-def small_checkpoint(folder: Path, compress: str | None) -> None:
-    """Saves a packed UNet of few layers."""
+def small_checkpoint(folder: Path, compress: str | None, shards: bool = False) -> None:
+    """Saves a packed UNet of few layers, in one file or in several."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=4,
@@ -47,7 +47,8 @@ def small_checkpoint(folder: Path, compress: str | None) -> None:
         attention_head_dim=2,
     )
     levels = {layer.name: (3, 5, 9, 257)[n % 4] for n, layer in enumerate(list_layers(unet))}
-    save_packed(unet, folder, BitsFusionConfig(Recipe(levels), timesteps=[1], compress=compress))
+    pack_(unet, BitsFusionConfig(Recipe(levels), timesteps=[1], compress=compress))
+    unet.save_pretrained(folder, max_shard_size="8KB" if shards else "10GB")
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
@@ -139,8 +140,30 @@ def state_of(unet: torch.nn.Module) -> tuple[str, dict[str, torch.Tensor]]:
     return json.dumps(said, sort_keys=True), unet.state_dict()
 
 
+def changed(folder: Path, rng: random.Random, meant: bool) -> dict[str, bytes]:
+    """Returns files of a checkpoint that are not what they were.
+
+    Arguments:
+        folder: The checkpoint.
+        rng: What to draw from.
+        meant: Whether it is no accident: then digests fit.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    name = "config.json" if rng.random() < 0.25 else rng.choice([n for n in names if n[0] == "d"])
+    weights = [n for n in names if n.endswith(".safetensors")]
+    if meant and name == "config.json" and len(weights) == 1:
+        config, data = changed_config(folder / weights[0], rng)
+        return {name: config, weights[0]: data}
+    if meant and name in weights:
+        return {name: rewritten(folder / name, rng)}
+    return {name: damaged((folder / name).read_bytes(), rng)}
+
+
 def fuzz(folder: Path, count: int, seed: int, seconds: float = float("inf")) -> Counter:
     """Loads damaged copies of the checkpoint in a folder, and counts how that ended.
+
+    Most are loaded by `load_packed`, and accidents to weights sometimes by diffusers alone, whose
+    errors are its own.
 
     Raises:
         AssertionError: If one is loaded as another model, ends in another error, or takes long.
@@ -155,25 +178,22 @@ def fuzz(folder: Path, count: int, seed: int, seconds: float = float("inf")) -> 
         for n in range(count):
             if time.monotonic() > deadline:
                 break
-            name = "config.json" if rng.random() < 0.25 else next(f for f in files if f[0] == "d")
             meant = rng.random() < 0.5  # not an accident, but someone who wants to deceive
-            weights = next(file for file in files if file != "config.json")
-            if meant and name == "config.json":
-                config, data = changed_config(folder / weights, rng)
-                changed = {name: config, weights: data}
-            elif meant:
-                changed = {name: rewritten(folder / name, rng)}
-            else:
-                changed = {name: damaged(files[name], rng)}
-            for other, content in (files | changed).items():
-                (Path(place) / other).write_bytes(content)
+            others = changed(folder, rng, meant)
+            for name, content in (files | others).items():
+                (Path(place) / name).write_bytes(content)
+            plain = not meant and "config.json" not in others and rng.random() < 0.2
             started = time.monotonic()
             try:
-                ours, values = state_of(load_packed(place))
+                load = UNet2DConditionModel.from_pretrained if plain else load_packed
+                ours, values = state_of(load(place))
             except CheckpointError as error:
                 reason = str(error).replace(f"{place}: ", "").replace(f"{place}/", "")
                 ended[re.sub(r"['\d].*", "...", reason)[:60]] += 1
             except Exception as error:
+                if plain and not isinstance(error, MemoryError):
+                    ended[f"of diffusers alone: {type(error).__name__}"] += 1
+                    continue
                 shutil.copytree(place, folder.parent / f"failed-{seed}-{n}", dirs_exist_ok=True)
                 raise AssertionError(f"case {n} of seed {seed}: {error!r}") from error
             else:
@@ -190,7 +210,7 @@ def fuzz(folder: Path, count: int, seed: int, seconds: float = float("inf")) -> 
 
 
 def main() -> int:
-    """Fuzzes both kinds of checkpoint, and reports."""
+    """Fuzzes all kinds of checkpoint, and reports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int, nargs="?", default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -199,17 +219,18 @@ def main() -> int:
     torch.set_num_threads(1)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
-    short = False
+    short, kinds = False, [(None, False), ("zstd", False), (None, True)]
     with tempfile.TemporaryDirectory() as place:
-        for compress in (None, "zstd"):
-            folder = Path(place) / str(compress)
-            small_checkpoint(folder, compress)
+        for compress, shards in kinds:
+            folder = Path(place) / f"{compress}-{shards}"
+            small_checkpoint(folder, compress, shards)
             started = time.monotonic()
-            half = (options.count // 2, options.seed, options.seconds / 2)
-            ended = fuzz(folder, *half)
-            short |= ended.total() < options.count // 2
+            part = -(-options.count // len(kinds))
+            ended = fuzz(folder, part, options.seed, options.seconds / len(kinds))
+            short |= ended.total() < part
             print(
-                f"compress={compress}: {ended.total():,} damaged checkpoints in "
+                f"compress={compress}, {'several files' if shards else 'one file'}: "
+                f"{ended.total():,} damaged checkpoints in "
                 f"{time.monotonic() - started:.0f} s; {ended['loaded']:,} were loaded, being "
                 "what was saved or made to fit, the others were refused"
             )
