@@ -35,7 +35,7 @@ export PYTHONPATH           := $(CURDIR)
 # The kernel of this environment, and not one of the same name that the user has elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env mini card smoke reproduce figures verify speed fuzz render site test lint clean FORCE
+.PHONY: help env mini card smoke reproduce figures verify speed sd15-shape fuzz render site test lint clean FORCE
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -46,6 +46,7 @@ help:
 	@echo 'make figures     draw the committed figures again from the committed tables'
 	@echo 'make verify      compare what make reproduce got with what is committed'
 	@echo 'make speed       time the sweep beside a bare loop of UNet forwards'
+	@echo 'make sd15-shape  pack Gaussian weights of the shapes of SD-v1.5, load them and time steps'
 	@echo 'make fuzz        load ten thousand damaged checkpoints'
 	@echo 'make render      make reproduce, and put the executed notebooks in notebooks/rendered'
 	@echo 'make site        build/site: the rendered notebooks as web pages'
@@ -106,6 +107,7 @@ $(TRAINED): $(LIB) | $(READY)
 # A notebook that reads what another one wrote comes after it.
 $(B)/04_metric_correlation.done: $(B)/03_sensitivity.done
 $(B)/06_bit_allocation.done: $(B)/03_sensitivity.done
+$(B)/07_packed_checkpoint.done: $(B)/06_bit_allocation.done
 
 # Goals that are given together take turns where one writes what the other reads: the study runs
 # again after a new model, and pages and figures are made of what was just run.
@@ -142,6 +144,9 @@ verify: reproduce
 
 speed: $(READY)
 	@$(PY) -m bf_lib.speed --preset $(PRESET)
+
+sd15-shape: $(READY)
+	@$(PY) -m bf_lib.packed_study build/sd15_shape
 
 fuzz: $(READY)
 	@$(PY) tests/fuzz_checkpoint.py

@@ -14,6 +14,7 @@ from toys import UNET, toy_pipeline
 
 from bf_lib.layers import all_layers, get_layer, layer_table, list_layers
 from bf_lib.models import MODELS, REVISIONS, ModelNotFound, load_pipeline, meta_unet
+from bf_lib.packed_layers import packed_layers
 from bf_lib.paths import ROOT
 
 # Diffusers turns tensors into arrays in a way that NumPy 2 will not know for ever.
@@ -69,10 +70,14 @@ def run_code_of(page: str) -> dict:
     return names
 
 
-def test_the_readme_shows_code_that_runs():
+def test_the_readme_shows_code_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it saves files
     names = run_code_of((ROOT / "README.md").read_text().partition("## The library")[2])
     assert names["codes"].shape == names["weight"].shape
     assert set(names["codes"].unique().tolist()) == {-1, 0, 1}
+    assert names["report"].stored_bits == pytest.approx(2.0344, abs=1e-4)
+    size = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
+    assert size < 5e6 and packed_layers(names["unet"])
 
 
 def test_the_model_card_of_mini_shows_code_that_runs(monkeypatch):

@@ -72,7 +72,7 @@ def decoding(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def stored_by(rows: pd.DataFrame, ours: str = "ours") -> Figure:
+def stored_by(rows: pd.DataFrame, ours: str = "bf_lib") -> Figure:
     """What each system stores of the same UNet, and how far that is from the original.
 
     Arguments:
