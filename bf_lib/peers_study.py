@@ -40,6 +40,7 @@ COLUMNS = [
     "in_memory",
     "error",
 ]
+NONE = "none"
 FLOATS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}  # types of tensors in files
 CODES = "codes"  # any other
 
@@ -84,14 +85,14 @@ def stored_by(
     for peer in peers:
         row = {"peer": peer.name, "in_memory": "decoded" if peer.decoded else "packed"}
         if not installed(peer):
-            rows.append(row | {"error": "not installed"})
+            rows.append(row | {"conv": NONE, "error": "not installed"})
             continue
         with TemporaryDirectory(dir=folder) as place:
             given = (peer, Path(unet_folder), Path(place) / "unet", threads)
             row |= _apart(_stored, *given, timeout=timeout)
             if "error" not in row:
                 row |= _apart(_loaded, *given, latents, timestep, repeats, timeout=timeout)
-        rows.append({"error": ""} | row)
+        rows.append({"conv": NONE, "error": NONE} | row)
     return pd.DataFrame(rows, columns=COLUMNS).astype({"layers": "Int64"})
 
 

@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 COUNTS = (
     *("prompts", "steps", "batch", "threads"),
     *("repeats", "repeat_layers", "trained_layers", "trained_steps", "estimate_batch"),
-    *("challenges", "random_recipes", "recipe_sizes", "peers"),
+    *("challenges", "random_recipes", "recipe_sizes", "timed_threads", "peers"),
 )
 
 
@@ -42,6 +42,7 @@ class Study:
     random_recipes: int = 20  # beside which the others are seen, at each of two sizes
     recipe_sizes: int = 6  # sizes at which recipes are compared, the smallest first
     shape_widths: tuple[int, ...] = (320, 640, 1280, 1280)  # SD-v1.5's, of Gaussian weights
+    timed_threads: int = 2  # of a process in which packed checkpoints are timed
     peers: int = 99  # how many other systems store the same UNets, if they are installed
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ PRESETS: dict[str, dict[str, object]] = {
     | {"prompts": 2, "steps": 2, "batch": 2, "layers": 6, "workers": 1}
     | {"repeats": 2, "repeat_layers": 3, "trained_layers": 2, "trained_steps": 2}
     | {"challenges": 1, "random_recipes": 2, "recipe_sizes": 2}
-    | {"shape_widths": (32, 64, 128, 128), "peers": 1},
+    | {"shape_widths": (32, 64, 128, 128), "timed_threads": 1, "peers": 1},
     "mini": _MINI,
     "sd15": {
         "model": "sd15",
