@@ -223,16 +223,16 @@ def decoded(
         if tensor_digest(value) != header.tensors.get(name):
             raise CheckpointError(f"{name!r} is damaged: it is not the tensor that was written")
         layer, _, kind = name.rpartition(".")
-        if layer not in header.levels or kind == "bias":
-            state[name] = value
-        elif kind == "zstd":
-            state[f"{layer}.words"] = _words(name, value, header.levels[layer], weights[layer])
-        elif kind == "words" and not has_only_codes(value, header.levels[layer]):
+        levels = header.levels.get(layer)
+        if levels is not None and kind == "zstd":
+            state[f"{layer}.words"] = _words(name, value, levels, weights[layer])
+            continue
+        if levels is not None and kind == "words" and not has_only_codes(value, levels):
             raise CheckpointError(f"{name!r} has numbers that are no words of its levels")
-        elif kind == "scale" and not _is_scale(value):
+        if levels is not None and kind == "scale" and not _is_scale(value):
             raise CheckpointError(f"{name!r} has scales that are not positive numbers")
-        else:
-            state[name] = value
+        # A tensor of a file keeps all of it in memory, which frames are only read from.
+        state[name] = value.clone() if header.compress else value
     return state
 
 

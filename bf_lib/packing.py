@@ -37,7 +37,7 @@ TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 KINDS = (torch.int16, torch.int32, torch.int64)  # to compute in, the cheapest first
 EXACT = 1 << 21  # below it, float32 tells quotients apart
 WIDEST = 63  # bits of a number: one sign bit less than the widest word
-CHUNK = 1 << 18  # words at once: few calls, and what is computed on the way stays in the cache
+CHUNK = 1 << 19  # numbers at once: few calls, and what is computed on the way stays in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def pack(codes: Tensor, levels: int) -> Tensor:
     filled[: len(flat)] = flat
     planes = filled.view(unit.digits, unit.numbers, count)
     words = torch.empty(count, dtype=unit.dtype, device=codes.device)
-    for part in _parts(count):
+    for part in _parts(count, unit):
         total = torch.zeros(len(words[part]), dtype=torch.int64, device=codes.device)
         for field in range(unit.numbers):
             numbers = from_digits(planes[:, field, part].to(torch.int64).add_(bound), levels)
@@ -165,35 +165,35 @@ def unpack_(target: Tensor, words: Tensor, levels: int) -> None:
     """
     unit, bound = word(levels), (levels - 1) // 2
     planes = target.view(unit.digits, unit.numbers, len(words))
-    for part in _parts(len(words)):
-        for field, numbers in enumerate(_numbers(words[part], unit)):
-            for plane, digit in zip(planes, digits(numbers, levels, unit.digits), strict=True):
-                # Whole numbers that stay in the cache are cheaper to subtract from than floats.
-                plane[field, part] = digit.sub_(bound)
+    for part in _parts(len(words), unit):
+        numbers = _numbers(words[part], unit)
+        for plane, digit in zip(planes, digits(numbers, levels, unit.digits), strict=True):
+            # Whole numbers that stay in the cache are cheaper to subtract from than floats.
+            plane[:, part] = digit.sub_(bound)
 
 
 def has_only_codes(words: Tensor, levels: int) -> bool:
     """Tells whether words are ones that `pack` could have made, with no number too large."""
     unit = word(levels)
     used, limit = unit.numbers * unit.bits, levels**unit.digits
-    for part in _parts(len(words)):
+    for part in _parts(len(words), unit):
         if used < 8 * unit.bytes and bool((_unsigned(words[part]) >> used).any()):
             return False
-        if any(bool((numbers >= limit).any()) for numbers in _numbers(words[part], unit)):
+        if bool((_numbers(words[part], unit) >= limit).any()):
             return False
     return True
 
 
-def _numbers(words: Tensor, unit: Word) -> Iterator[Tensor]:
-    """Yields the numbers of words, field by field, in tensors that may be written to."""
+def _numbers(words: Tensor, unit: Word) -> Tensor:
+    """Returns the numbers of n words, with shape (numbers of a word, n), in a new tensor."""
     kind = next(kind for kind in KINDS if _bits(kind) >= unit.bits)
     wide, mask = _unsigned(words), (1 << unit.bits) - 1
-    for field in range(unit.numbers):
-        numbers = wide.bitwise_right_shift(field * unit.bits) if field else wide
-        if unit.bits < 8 * unit.bytes:
-            yield numbers.to(kind, copy=not field).bitwise_and_(mask)
-        else:
-            yield numbers.to(kind)
+    if unit.numbers > 1:
+        shifts = torch.arange(unit.numbers, device=words.device)[:, None] * unit.bits
+        return wide.bitwise_right_shift(shifts).to(kind).bitwise_and_(mask)
+    if unit.bits < 8 * unit.bytes:
+        wide = wide.bitwise_and(mask)
+    return wide.to(kind)[None]
 
 
 # ---- digits
@@ -218,7 +218,7 @@ def digits(numbers: Tensor, levels: int, count: int) -> Iterator[Tensor]:
     Numbers are halved, again and again: the upper digits from the lower ones.
 
     Arguments:
-        numbers: From 0 to below levels^count, with shape (n,).
+        numbers: From 0 to below levels^count, with shape (*).
         levels: The base.
         count: How many digits.
     """
@@ -242,10 +242,11 @@ def _low_digits(levels: int, count: int) -> int:
     return min(cost, key=lambda low: (cost[low], abs(2 * low - count)))
 
 
-def _parts(count: int) -> Iterator[slice]:
+def _parts(count: int, unit: Word) -> Iterator[slice]:
     """Cuts words into pieces that stay in the cache."""
-    for start in range(0, count, CHUNK):
-        yield slice(start, start + CHUNK)
+    size = max(1, CHUNK // unit.numbers)
+    for start in range(0, count, size):
+        yield slice(start, start + size)
 
 
 def _bits(kind: torch.dtype) -> int:

@@ -78,7 +78,7 @@ def stored_by(
         relative_error (of the output of a step, without any training: the norm of its difference
         from the original's, by the norm of that), load_s, step_s and full_step_s (the original's),
         resident_mb (by which the process grows when it is loaded), in_memory ("decoded" for peers
-        whose files become an ordinary UNet, otherwise "packed") and error (in one line; empty, if
+        whose files become an ordinary UNet, otherwise "packed") and error (in one line; "none" if
         there is none).
     """
     rows = []
