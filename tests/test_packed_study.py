@@ -7,9 +7,10 @@ from toys import toy_unet
 
 from bf_lib import packed_study
 from bf_lib.layers import list_layers
+from bf_lib.models import load_pipeline
 from bf_lib.packed_config import BitsFusionConfig
 from bf_lib.packed_layers import packed_layers
-from bf_lib.packed_unets import pack_
+from bf_lib.packed_unets import load_packed, pack_, save_packed
 from bf_lib.recipe import Recipe, published_recipe
 from bf_lib.sizes import size_report
 
@@ -83,3 +84,20 @@ def test_speeds_are_timed_with_so_many_threads_and_no_others():
     assert torch.get_num_threads() == before
     rates = speeds[["codes_per_s", "weights_per_s", "written_per_s"]]
     assert (rates > 0).all(axis=None) and np.isfinite(rates).all(axis=None)
+
+
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_mini_comes_back_from_a_file_bit_for_bit(compress, tmp_path):
+    unet, generator = load_pipeline("mini").unet, torch.Generator().manual_seed(0)
+    levels = published_recipe().levels
+    config = BitsFusionConfig(Recipe(levels), timesteps=[1, 500], compress=compress)
+    rounded = packed_study.rounded_unet(unet, config)
+    save_packed(unet, tmp_path, config)
+    x = torch.randn(1, 4, 16, 16, generator=generator)
+    text = torch.randn(1, 16, unet.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        ours, theirs = (
+            model(x, 500, encoder_hidden_states=text).sample
+            for model in (load_packed(tmp_path), rounded)
+        )
+    assert torch.equal(ours, theirs)
