@@ -5,6 +5,7 @@ from importlib import import_module
 from bf_lib.registration import register
 
 _HOMES = {
+    "CheckpointError": "bf_lib.checkpoint",
     "BitsFusionConfig": "bf_lib.packed_config",
     "Recipe": "bf_lib.recipe",
     "cache_time_features_": "bf_lib.timecache",

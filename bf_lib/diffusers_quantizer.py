@@ -15,17 +15,8 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from bf_lib.checkpoint import (
-    KEY,
-    CheckpointError,
-    Header,
-    config_digest,
-    decoded,
-    encoded,
-    left_out,
-    read_header,
-)
-from bf_lib.checkpoint_files import config_of
+from bf_lib.checkpoint import KEY, Header, decoded, encoded, left_out
+from bf_lib.checkpoint_files import checked_files, config_of
 from bf_lib.layers import all_layers
 from bf_lib.packed_config import BitsFusionConfig
 from bf_lib.packed_layers import packed_layers, prepare_
@@ -42,6 +33,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: BitsFusionConfig, **kwargs: object) -> None:
         super().__init__(quantization_config, **kwargs)
         self.header: Header | None = None
+        self.names: set[str] = set()  # of all tensors of the model that is saved
         self.weights: dict[str, int] = {}  # how many each packed layer has
         self.scales: dict[str, nn.Module] = {}  # while a model is packed: name -> layer
         self.unrounded: tuple[str, ...] = ()  # parameters that are needed for time features only
@@ -66,11 +58,8 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], files: list[str]) -> list[str]:
         """Reads the header of a checkpoint, and returns the names that its tensors will have."""
         if self.pre_quantized:
-            self.header = read_header(files)
-            if wrong := sorted(set(loaded_keys) ^ set(self.header.tensors)):
-                raise CheckpointError(f"missing or unknown tensors: {', '.join(wrong[:5])}")
-            if config_digest(config_of(Path(files[0]).parent)) != self.header.config:
-                raise CheckpointError("config.json is not the one that the weights are of")
+            paths = [Path(file) for file in files]
+            self.header = checked_files(config_of(paths[0].parent), paths)
             frames = {f"{layer}.zstd": [f"{layer}.words"] for layer in self.header.levels}
             return [new for key in loaded_keys for new in frames.get(key, [key])]
         if self.quantization_config.timesteps is not None:
@@ -122,8 +111,8 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             raise ValueError("packed models are saved as safetensors only")
         # PEFT leaves its wrappers when adapters are deleted.
         state = {name.replace(".base_layer.", "."): value for name, value in state_dict.items()}
-        if missing := [n for n in self.header.levels if f"{n}.words" not in state]:
-            raise ValueError(f"{missing[0]!r} is not where it was packed: a layer was renamed")
+        if wrong := sorted(state.keys() ^ self.names):
+            raise ValueError(f"layers were added or renamed since it was packed: {wrong[:3]}")
         written, header = encoded(state, self.header, self.weights)
         return written, header.metadata()
 

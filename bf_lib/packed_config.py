@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
-from bf_lib.checkpoint import FORMAT, KEY, CheckpointError
+from bf_lib.checkpoint import COMPRESSIONS, FORMAT, KEY, CheckpointError
 from bf_lib.packed_weights import SCALES, packed_weight
 from bf_lib.recipe import Recipe
 from bf_lib.timecache import cache_time_features_
@@ -57,6 +57,10 @@ class BitsFusionConfig(QuantizationConfigMixin):
             raise ValueError(f"scales must be one of {sorted(SCALES)}, got {scales!r}")
         if features not in ("float16", "float32"):
             raise ValueError(f"features must be 'float16' or 'float32', got {features!r}")
+        if compress not in COMPRESSIONS:
+            raise ValueError(f"compress must be None or 'zstd', got {compress!r}")
+        if isinstance(timesteps, int | float):
+            raise ValueError("timesteps are those to cache, as `sampling_steps` lists them")
         is_recipe = isinstance(recipe, Recipe) or recipe is None
         self.quant_method = Method.BITSFUSION
         self.recipe = recipe if is_recipe else Recipe(recipe)

@@ -28,6 +28,8 @@ from bf_lib.packed_weights import decoded_in, decoded_weight
 from bf_lib.packing import word
 from bf_lib.timecache import install_time_features_, unknown_features
 
+ADVICE = "use a LoRA unfused, or call `dequantize()` first"
+
 
 class Room(threading.local):
     """Where the layers of a model decode their weights one after the other.
@@ -37,6 +39,11 @@ class Room(threading.local):
 
     def __init__(self) -> None:
         self.floats = torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the place of this thread."""
+        return self.floats.nbytes
 
     def of(self, size: int) -> Tensor:
         """Returns a place for so many numbers, which holds until it is asked for again."""
@@ -49,6 +56,21 @@ class Room(threading.local):
     def __reduce__(self) -> tuple:
         """Makes the layers of a copied model share a room of their own, without its content."""
         return (Room, ())
+
+
+class Decoded(Tensor):
+    """A weight that stands for codes: what is written to it would be lost, and is refused."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are ordinary tensors
+
+    @property
+    def data(self) -> Tensor:
+        """The numbers, in a place of their own."""
+        return self.detach().clone()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise NotImplementedError(f"packed weights cannot be overwritten: {ADVICE}")
 
 
 class Packed:
@@ -75,6 +97,10 @@ class Packed:
     @property
     def weight(self) -> Tensor:
         """The weight with shape (out, *), in the type that the layer computes in."""
+        weight = self._decoded()
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(Decoded)
+
+    def _decoded(self) -> Tensor:
         kept = self.__dict__.get("kept")
         if kept is not None:
             return kept
@@ -95,7 +121,7 @@ class Packed:
         kept = self.__dict__.get("kept") is not None or self.resident
         fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if kept or fresh or self.words.device.type != "cpu":
-            return self.weight
+            return self._decoded()
         room = self.room.of(len(self.words) * word(self.levels).codes)
         weight = decoded_in(room, self.words, self.scale, self.levels, self.shape)
         return weight.to(self.compute_dtype)
@@ -167,7 +193,7 @@ def prepare_(
         unet: The UNet, changed in place.
         levels: The levels of each layer that is packed.
         timesteps: For how many time-steps features are cached; None keeps the time layers.
-        wide: Names of tensors that are stored in float32; of scales, these matter.
+        wide: Names of the scales and time features that are stored in float32.
     """
     room, modules = Room(), dict(unet.named_modules())
     if unknown := sorted(set(levels) - set(modules)):
@@ -179,13 +205,13 @@ def prepare_(
         scale = weight.new_empty(len(weight), dtype=bits)
         pack_layer_(modules[name], count, words, scale, room)
     if timesteps is not None:
-        install_time_features_(unet, unknown_features(unet, timesteps))
+        install_time_features_(unet, unknown_features(unet, timesteps, wide))
 
 
 @torch.no_grad()
 def unpack_layer_(module: nn.Module) -> None:
     """Makes a packed layer an ordinary one, in place, with the weight that it computes with."""
-    weight = module.weight.clone()
+    weight = module._decoded().clone()
     for name in ("words", "scale"):
         del module._buffers[name]
     for name in ("levels", "shape", "compute_dtype", "resident", "room", "kept"):

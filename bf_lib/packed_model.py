@@ -9,12 +9,15 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
+from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import create_repo
 from torch import nn
 
 from bf_lib.checkpoint import config_digest
-from bf_lib.checkpoint_files import replaced_at_once
-from bf_lib.packed_layers import packed_layers, unpack_layer_
+from bf_lib.checkpoint_files import replaced_at_once, shapes_of
+from bf_lib.packed_layers import ADVICE, packed_layers, unpack_layer_
 from bf_lib.timecache import cached_time_features
 
 UNCHANGED = "unchanged"
@@ -51,13 +54,14 @@ class PackedModel:
                 "`delete_adapters` before the packed weights are saved"
             )
         quantizer, known = self.hf_quantizer, cached_time_features(self)
-        header = quantizer.header
+        header, config = quantizer.header, json.loads(self.to_json_string())
         quantizer.header = replace(
             header,
-            config=config_digest(json.loads(self.to_json_string())),
+            config=config_digest(config),
             timesteps=None if known is None else len(known.timesteps),
             compress=header.compress if compress == UNCHANGED else compress,
         )
+        quantizer.names = set(shapes_of(config, quantizer.header).state_dict())
         try:
             with replaced_at_once(save_directory) as place:
                 super().save_pretrained(
@@ -71,7 +75,7 @@ class PackedModel:
         finally:
             quantizer.header = header
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            _upload(self, Path(save_directory), **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Makes copies and pickles find the class, which no module has by its name."""
@@ -80,9 +84,7 @@ class PackedModel:
 
     def fuse_lora(self, *args: object, **kwargs: object) -> None:
         """Refuses: a sum of weights and a LoRA has no place on a grid of a few levels."""
-        raise NotImplementedError(
-            "packed weights cannot take up a LoRA: use it unfused, or call `dequantize()` first"
-        )
+        raise NotImplementedError(f"packed weights cannot take up a LoRA: {ADVICE}")
 
     def num_parameters(
         self, only_trainable: bool = False, exclude_embeddings: bool = False
@@ -93,10 +95,16 @@ class PackedModel:
         return others + (0 if only_trainable else packed)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Returns the bytes of all tensors that the model holds, decoded weights among them."""
-        kept = (layer.__dict__.get("kept") for layer in packed_layers(self).values())
+        """Returns the bytes of all tensors that the model holds.
+
+        Decoded weights that are kept are among them, and the place where the others are decoded
+        one after the other, which is as large as the largest once the model has run.
+        """
+        layers = packed_layers(self).values()
+        kept = (layer.__dict__.get("kept") for layer in layers)
         held = super().get_memory_footprint(return_buffers)
-        return held + sum(weight.nbytes for weight in kept if weight is not None)
+        held += sum(weight.nbytes for weight in kept if weight is not None)
+        return held + sum({id(layer.room): layer.room.nbytes for layer in layers}.values())
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -127,6 +135,23 @@ def dequantized_(model: nn.Module) -> nn.Module:
     if cached_time_features(model) is not None:
         model.save_pretrained = _incomplete
     return model
+
+
+def _upload(
+    model: ModelMixin,
+    folder: Path,
+    repo_id: str | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> None:
+    """Uploads a folder that was saved, as diffusers does after its own saving."""
+    made = create_repo(repo_id or folder.name, exist_ok=True, private=private, token=token)
+    card = load_or_create_model_card(made.repo_id, token=token)
+    populate_model_card(card).save(folder / "README.md")
+    options = {"token": token, "commit_message": commit_message, "create_pr": create_pr}
+    model._upload_folder(str(folder), made.repo_id, **options)
 
 
 def _incomplete(*args: object, **kwargs: object) -> None:

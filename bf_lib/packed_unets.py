@@ -5,6 +5,7 @@ __all__ = ["load_packed", "pack_", "save_packed"]
 import copy
 import ctypes
 import gc
+import re
 import sys
 from collections.abc import Mapping
 from math import prod
@@ -17,7 +18,9 @@ from bf_lib.checkpoint_files import checked
 from bf_lib.diffusers_quantizer import BitsFusionQuantizer, first_header
 from bf_lib.packed_config import BitsFusionConfig
 from bf_lib.packed_layers import Room, pack_layer_, packed_layers, set_residency
-from bf_lib.packed_model import packed_class
+from bf_lib.packed_model import PackedModel, packed_class
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def pack_(
@@ -39,7 +42,15 @@ def pack_(
 
     Raises:
         RecipeError: If the recipe is not one for this UNet.
+        ValueError: If it cannot be packed. What is wrong with a weight shows when its turn comes:
+            the UNet is then packed in part, and of no use.
     """
+    if isinstance(unet, PackedModel) or getattr(unet, "peft_config", None):
+        raise ValueError(
+            "the UNet is packed already, or has adapters: `dequantize()`, or delete them"
+        )
+    if config.recipe is None:
+        raise ValueError("to pack a UNet, give BitsFusionConfig a recipe")
     config.recipe.check(unet)
     quantizer = BitsFusionQuantizer(config, pre_quantized=True)
     quantizer.header = first_header(unet, config)
@@ -81,17 +92,19 @@ def load_packed(
     """Loads a packed UNet after a look at all that its files say of themselves.
 
     Arguments:
-        folder: A folder in which a packed UNet was saved.
+        folder: A folder in which a packed UNet was saved, or a hub id.
         residency: "packed", "dense", or bytes: see `packed_layers.set_residency`.
         subfolder: Where in the folder it is: "unet" in that of a pipeline.
-        kwargs: Others of `from_pretrained`, such as `torch_dtype` and `device_map`.
+        kwargs: Others of `from_pretrained`, such as `torch_dtype`, `variant` and `device_map`.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or not one.
     """
-    folder = Path(folder) / subfolder
-    checked(folder)
-    unet = UNet2DConditionModel.from_pretrained(folder, **kwargs)
+    from_hub = isinstance(folder, str) and HUB_ID.fullmatch(folder) and not Path(folder).is_dir()
+    if not from_hub:  # what comes from a hub is looked through when it is there
+        checked(Path(folder) / subfolder, kwargs.get("variant"))
+    options = {"subfolder": subfolder} if subfolder else {}
+    unet = UNet2DConditionModel.from_pretrained(folder, **options, **kwargs)
     set_residency(unet, residency)
     _give_back()
     return unet

@@ -173,7 +173,7 @@ def unpack_(target: Tensor, words: Tensor, levels: int) -> None:
 
 
 def has_only_codes(words: Tensor, levels: int) -> bool:
-    """Tells whether words are ones that `pack` could have made, with no number too large."""
+    """Tells whether words hold codes of a grid and nothing else, with no number too large."""
     unit = word(levels)
     used, limit = unit.numbers * unit.bits, levels**unit.digits
     for part in _parts(len(words), unit):

@@ -43,6 +43,10 @@ class Recipe:
         object.__setattr__(self, "levels", MappingProxyType(dict(self.levels)))
         object.__setattr__(self, "made", MappingProxyType(dict(self.made)))
 
+    def __reduce__(self) -> tuple:
+        """Makes copies and pickles, which read-only views refuse."""
+        return (Recipe, (dict(self.levels), dict(self.made)))
+
     @classmethod
     def of_bits(cls, bits: Mapping[str, int], made: Mapping[str, Any] | None = None) -> Self:
         """Returns the recipe of the paper's bit-widths, 2^b + 1 levels for "b bits"."""

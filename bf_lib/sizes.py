@@ -30,6 +30,7 @@ from bf_lib.checkpoint import STORED_AS, Header, left_out
 from bf_lib.grids import bits_of_levels
 from bf_lib.layers import ENDS, TIMED, Layer, all_layers, block_of
 from bf_lib.models import MODELS, meta_unet, sd15_unet_config
+from bf_lib.packed_layers import Packed
 from bf_lib.packing import word
 from bf_lib.recipe import Recipe
 
@@ -131,9 +132,12 @@ def size_report(
 
     Raises:
         RecipeError: If the recipe is not one for this UNet.
+        ValueError: If the UNet is packed already, or there are to be no time-steps.
     """
     if not isinstance(unet, nn.Module):
         unet = meta_unet_of(unet)
+    if any(isinstance(module, Packed) for module in unet.modules()):
+        raise ValueError("this UNet is packed: a report is of the original one")
     if recipe is not None:
         recipe.check(unet)
     if timesteps is not None and timesteps < 1:

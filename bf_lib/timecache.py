@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -99,7 +99,7 @@ def time_features(
     """Computes what each ResBlock takes from each time-step.
 
     Arguments:
-        unet: The UNet, with its time layers; it computes in its own precision.
+        unet: The UNet, with its time layers; whatever its precision, these compute in float32.
         timesteps: The time-steps; for several samplers, those of all of them.
         dtype: What the features are stored in. The paper counts 16 bits for each (App. H);
             float16 keeps 11 significant bits of a value, float32 all.
@@ -116,17 +116,34 @@ def time_features(
     if len(wanted) == 0:
         raise ValueError("there are no time-steps to cache")
     blocks = dict(_projecting(unet))
-    rows = [_features_of(unet, blocks, t) for t in wanted]
+    # Copies: what a product rounds to depends on where its factors lie in memory, and those that
+    # are mapped from a file lie elsewhere.
+    embedding = copy.deepcopy(unet.time_embedding).float()
+    projections = {n: copy.deepcopy(block.time_emb_proj).float() for n, block in blocks.items()}
+    rows = [_features_of(unet, embedding, blocks, projections, t) for t in wanted]
     features = {name: torch.stack([row[name] for row in rows]).to(dtype) for name in blocks}
     if broken := [name for name, values in features.items() if not values.isfinite().all()]:
         raise ValueError(f"time features of {broken[0]} are NaN or infinite as {dtype}")
     return TimeFeatures(wanted, features)
 
 
-def unknown_features(unet: UNet2DConditionModel, count: int) -> TimeFeatures:
-    """Returns the shapes of features of so many time-steps, on the meta device."""
+def unknown_features(
+    unet: UNet2DConditionModel, count: int, wide: Collection[str] = ()
+) -> TimeFeatures:
+    """Returns the shapes of features of so many time-steps, on the meta device.
+
+    Arguments:
+        unet: The UNet, with its time layers.
+        count: How many time-steps.
+        wide: The buffers of features, by their names, that are float32 and not float16.
+    """
     features = {
-        name: torch.empty(count, block.time_emb_proj.out_features, device="meta").half()
+        name: torch.empty(
+            count,
+            block.time_emb_proj.out_features,
+            device="meta",
+            dtype=torch.float32 if f"{name}.features" in wide else torch.float16,
+        )
         for name, block in _projecting(unet)
     }
     return TimeFeatures(torch.empty(count, device="meta"), features)
@@ -233,17 +250,21 @@ def _projecting(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
 
 
 def _features_of(
-    unet: UNet2DConditionModel, blocks: dict[str, nn.Module], timestep: Tensor
+    unet: UNet2DConditionModel,
+    embedding: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    projections: Mapping[str, nn.Module],
+    timestep: Tensor,
 ) -> dict[str, Tensor]:
     """Computes each block's features of one time-step as the forward pass does: shape (width,)."""
-    x = torch.empty(1, device=unet.device, dtype=unet.dtype)
-    embedding = unet.time_embedding(unet.get_time_embed(x, timestep.to(unet.device)))
+    x = torch.empty(1, device=unet.device)
+    embedded = embedding(unet.get_time_embed(x, timestep.to(unet.device)))
     if unet.time_embed_act is not None:
-        embedding = unet.time_embed_act(embedding)
+        embedded = unet.time_embed_act(embedded)
     return {
-        name: block.time_emb_proj(
-            embedding if block.skip_time_act else block.nonlinearity(embedding)
-        )[0]
+        name: projections[name](embedded if block.skip_time_act else block.nonlinearity(embedded))[
+            0
+        ]
         for name, block in blocks.items()
     }
 

@@ -5,6 +5,7 @@ memory. Where the digests are made to fit, it may also be another model, but not
 """
 
 import argparse
+import faulthandler
 import json
 import random
 import re
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import logging
@@ -29,7 +31,7 @@ from bf_lib.packed_unets import load_packed, pack_
 from bf_lib.recipe import Recipe
 
 SLOW = 20.0  # seconds that no file may take
-MEMORY = 4 << 30  # bytes of addresses, beside those that torch has taken
+MEMORY = 1 << 30  # bytes of addresses, beside those that torch has taken
 TOKENS = ("0", "-1", "1e309", "null", "[]", "{}", '"', "\\", "99999999999999999999", "NaN", "true")
 
 
@@ -89,7 +91,23 @@ def changed_config(path: Path, rng: random.Random) -> tuple[bytes, bytes]:
     values = json.loads((path.parent / "config.json").read_bytes())
     name = rng.choice(sorted(values))
     values[name] = rng.choice(
-        [None, 0, -1, 1, 10**9, 1e30, True, "x", [], {}, [0], [10**6] * 4, ["x"] * 2, {"a": [1]}]
+        [
+            None,
+            0,
+            -1,
+            1,
+            10**9,
+            1e30,
+            True,
+            "x",
+            [],
+            {},
+            [0],
+            [10**6] * 4,
+            [4000] * 4,
+            ["x"] * 2,
+            {"a": [1]},
+        ]
     )
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -184,6 +202,7 @@ def fuzz(folder: Path, count: int, seed: int, seconds: float = float("inf")) -> 
                 (Path(place) / name).write_bytes(content)
             plain = not meant and "config.json" not in others and rng.random() < 0.2
             started = time.monotonic()
+            faulthandler.dump_traceback_later(10 * SLOW, exit=True)
             try:
                 load = UNet2DConditionModel.from_pretrained if plain else load_packed
                 ours, values = state_of(load(place))
@@ -193,6 +212,7 @@ def fuzz(folder: Path, count: int, seed: int, seconds: float = float("inf")) -> 
             except Exception as error:
                 if plain and not isinstance(error, MemoryError):
                     ended[f"of diffusers alone: {type(error).__name__}"] += 1
+                    faulthandler.cancel_dump_traceback_later()
                     continue
                 shutil.copytree(place, folder.parent / f"failed-{seed}-{n}", dirs_exist_ok=True)
                 raise AssertionError(f"case {n} of seed {seed}: {error!r}") from error
@@ -204,6 +224,7 @@ def fuzz(folder: Path, count: int, seed: int, seconds: float = float("inf")) -> 
                     f"case {n} of seed {seed} loads as another model"
                 )
                 ended["loaded"] += 1
+            faulthandler.cancel_dump_traceback_later()
             taken = time.monotonic() - started
             assert taken < SLOW, f"case {n} of seed {seed} takes {taken:.0f} s"
     return ended
@@ -217,7 +238,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    taken = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
     short, kinds = False, [(None, False), ("zstd", False), (None, True)]
     with tempfile.TemporaryDirectory() as place:

@@ -1,5 +1,6 @@
 """Damaged, mixed-up and hostile checkpoints end in one error; a save that fails leaves the old."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from diffusers import UNet2DConditionModel
 from fuzz_checkpoint import fuzz, small_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,7 +30,7 @@ from bf_lib.checkpoint import (
     levels_digest,
     tensor_digest,
 )
-from bf_lib.checkpoint_files import checked
+from bf_lib.checkpoint_files import checked, replaced_at_once
 from bf_lib.layers import list_layers
 from bf_lib.packed_config import BitsFusionConfig
 from bf_lib.packed_unets import load_packed, pack_, save_packed
@@ -219,6 +221,7 @@ def test_an_index_that_leads_elsewhere(folder, name):
         ("in_channels", -4),
         ("transformer_layers_per_block", [[100_000], [1], [1], [1]]),
         ("transformer_layers_per_block", [[4000], [1], [1], [1]]),
+        ("reverse_transformer_layers_per_block", [65536, 1, 1, 1]),
         ("block_out_channels", [65536, 65536, 65536, 65536]),
     ],
 )
@@ -227,8 +230,32 @@ def test_configurations_out_of_all_reason(folder, name, value):
     (folder / "config.json").write_text(json.dumps(config))
     rewrite(folder, header={"config": config_digest(config)})
     started = time.monotonic()
-    refused(folder, f"{name}|makes no UNet|of some|too many weights")
+    refused(folder, f"{name}|makes no UNet|of some|too many weights|so large a UNet")
     assert time.monotonic() - started < 10
+
+
+def test_a_pipe_is_no_file(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    refused(folder, "config.json is not there")
+
+
+def test_few_bytes_do_not_become_many(folder):
+    """Frames of zeros, as large as a configuration makes them."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"block_out_channels": [512, 1024, 2048, 2048]}
+    (folder / "config.json").write_text(json.dumps(config))
+    rewrite(folder, header={"config": config_digest(config)})
+    refused(folder, "cannot hold so large a UNet")
+
+
+def test_words_of_another_type_are_refused_by_diffusers_too(folder):
+    tensors, _ = read(folder)
+    name = next(n for n in tensors if n.endswith((".words", ".zstd")))
+    rewrite(folder, tensors | {name: tensors[name].to(torch.float32)})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        UNet2DConditionModel.from_pretrained(folder)
+    refused(folder, "does not fit")
 
 
 def test_files_of_two_checkpoints(folder, tmp_path):
@@ -239,8 +266,8 @@ def test_files_of_two_checkpoints(folder, tmp_path):
         other, BitsFusionConfig(Recipe(dict(first.hf_quantizer.header.levels)), timesteps=[1, 500])
     )
     other.save_pretrained(tmp_path / "second", max_shard_size="100KB")
-    shard = sorted((tmp_path / "first").glob("*.safetensors"))[1]
-    shutil.copy(tmp_path / "second" / shard.name, shard)
+    shards = [sorted((tmp_path / part).glob("*.safetensors"))[1] for part in ("first", "second")]
+    shutil.copy(shards[1], shards[0])
     refused(tmp_path / "first", "different checkpoints")
 
 
@@ -262,6 +289,45 @@ def test_an_index_goes_before_a_file(folder, tmp_path):
         shutil.copy(path, folder / path.name)
     first, second = load_packed(folder).state_dict(), other.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("moved", range(8))
+def test_a_kill_between_renames_of_shards_leaves_one_of_two(folder, moved, monkeypatch):
+    other, first = toy_unet(seed=1), load_packed(folder)
+    levels = dict(first.hf_quantizer.header.levels)
+    pack_(other, BitsFusionConfig(Recipe(levels), timesteps=[1, 500]))
+    first.save_pretrained(folder, max_shard_size="100KB")
+    before, wanted = first.state_dict(), other.state_dict()
+    replace, count = Path.replace, []
+
+    def killed(path, target):
+        count.append(path)
+        if len(count) > moved:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        other.save_pretrained(folder, max_shard_size="100KB")
+    after = load_packed(folder).state_dict()
+    ended = len(count) <= moved
+    for name in before:
+        assert torch.equal(after[name], (wanted if ended else before)[name])
+    monkeypatch.undo()
+    other.save_pretrained(folder, max_shard_size="100KB")
+    index = json.loads((folder / f"{WEIGHTS}.index.json").read_text())
+    kept = {path.name for path in folder.glob("*.safetensors")}
+    assert kept - {WEIGHTS} == set(index["weight_map"].values())
+
+
+def test_two_saves_at_once_do_not_disturb_each_other(folder):
+    unet = load_packed(folder)
+    with replaced_at_once(folder) as outer:
+        (outer / "note.txt").write_text("first")
+        unet.save_pretrained(folder)
+        assert (outer / "note.txt").exists()
+    assert (folder / "note.txt").read_text() == "first"
+    load_packed(folder)
 
 
 @pytest.mark.parametrize("moved", [0, 1])

@@ -12,15 +12,14 @@ import pytest
 import torch
 from diffusers import PipelineQuantizationConfig, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.quantizers import auto
-from diffusers.utils import hub_utils
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from toys import WIDTH, toy_pipeline, toy_unet
 
 import bf_lib
+from bf_lib import packed_model
 from bf_lib.checkpoint import LEFT, CheckpointError
-from bf_lib.diffusers_quantizer import BitsFusionQuantizer
 from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.layers import TIMED, all_layers, get_layer, list_layers
 from bf_lib.packed_config import BitsFusionConfig
@@ -29,6 +28,7 @@ from bf_lib.packed_model import PackedModel
 from bf_lib.packed_unets import load_packed, pack_, save_packed
 from bf_lib.packed_weights import stored_scale
 from bf_lib.recipe import Recipe, RecipeError
+from bf_lib.sizes import size_report
 from bf_lib.timecache import (
     cache_time_features_,
     cached_time_features,
@@ -184,17 +184,33 @@ def test_residency_changes_no_number(saved, asked, expected, residency):
         smallest = min(math.prod(layer.shape) for layer in others)
         assert all(math.prod(layer.shape) <= smallest for layer in kept)
     set_residency(unet, "packed")
-    assert unet.get_memory_footprint() == sum(b.nbytes for b in unet.buffers()) + sum(
-        p.nbytes for p in unet.parameters()
-    )
+    room = next(iter(packed_layers(unet).values())).room.nbytes
+    held = sum(value.nbytes for value in [*unet.buffers(), *unet.parameters()])
+    assert unet.get_memory_footprint() == held + room
+    assert (room == 0) == (residency == "dense")
 
 
-def test_copies_and_compiled_models_are_the_same(saved, asked, expected):
-    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
-    twin = copy.deepcopy(unet)
-    del unet
-    assert torch.equal(answer(twin, asked), expected)
-    assert isinstance(twin.hf_quantizer, BitsFusionQuantizer)
+@pytest.fixture(params=["loaded", "packed in place", "packed while loading"])
+def unet(request, saved, full, config):
+    """A packed UNet, however it came to be."""
+    load = UNet2DConditionModel.from_pretrained
+    match request.param:
+        case "loaded":
+            return load(saved / "packed")
+        case "packed in place":
+            unet = copy.deepcopy(full)
+            pack_(unet, config)
+            return unet
+        case _:
+            return load(saved / "full", quantization_config=config)
+
+
+def test_copies_are_the_same(unet, saved, asked, expected, tmp_path):
+    for twin in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert torch.equal(answer(twin, asked), expected)
+        assert isinstance(twin, PackedModel)
+        twin.save_pretrained(tmp_path)
+        assert content(tmp_path) == content(saved / "packed")
 
 
 def test_a_layer_compiles_whole(saved):
@@ -205,8 +221,9 @@ def test_a_layer_compiles_whole(saved):
     assert torch.equal(compiled(x), conv(x))
 
 
-def test_a_device_map_is_followed(saved, asked, expected):
-    unet = UNet2DConditionModel.from_pretrained(saved / "packed", device_map="cpu")
+@pytest.mark.parametrize("where", ["cpu", "auto"])
+def test_a_device_map_is_followed(saved, asked, expected, where):
+    unet = UNet2DConditionModel.from_pretrained(saved / "packed", device_map=where)
     assert torch.equal(answer(unet, asked), expected)
 
 
@@ -323,18 +340,21 @@ def test_a_pipeline_does_not_fuse_a_lora(saved):
 def test_pushing_to_the_hub_uploads_what_was_saved(saved, tmp_path, monkeypatch):
     sent = {}
 
-    def upload(self, folder, repo_id, **_):
-        sent[repo_id] = content(Path(folder))
+    def upload(self, folder, repo_id, **options):
+        sent[repo_id] = {path.name for path in Path(folder).iterdir()}, options["token"]
 
     monkeypatch.setattr(UNet2DConditionModel, "_upload_folder", upload)
     made = SimpleNamespace(repo_id="me/toy")
-    monkeypatch.setattr(hub_utils, "create_repo", lambda *_, **__: made)
-    card = SimpleNamespace(save=lambda _: None)
+    monkeypatch.setattr(packed_model, "create_repo", lambda *_, **__: made)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("a card"))
     for name in ("load_or_create_model_card", "populate_model_card"):
-        monkeypatch.setattr(hub_utils, name, lambda *_, **__: card)
+        monkeypatch.setattr(packed_model, name, lambda *_, **__: card)
     unet = UNet2DConditionModel.from_pretrained(saved / "packed")
-    unet.save_pretrained(tmp_path / "toy", push_to_hub=True)
-    assert sent["me/toy"] == content(saved / "packed") == content(tmp_path / "toy")
+    options = {"compress": "zstd", "max_shard_size": "100KB", "variant": "fp16", "token": "t"}
+    unet.save_pretrained(tmp_path / "toy", push_to_hub=True, **options)
+    names, token = sent["me/toy"]
+    assert names == {path.name for path in (tmp_path / "toy").iterdir()} and token == "t"
+    assert len([name for name in names if ".fp16-0" in name]) > 2
 
 
 # ---- configurations
@@ -358,6 +378,16 @@ def test_what_cannot_be_packed_is_refused(full, saved):
         BitsFusionConfig(features="int8")
     with pytest.raises(CheckpointError, match="format 7"):
         BitsFusionConfig(format=7)
+    with pytest.raises(ValueError, match="compress must be"):
+        BitsFusionConfig(compress="lzma")
+    with pytest.raises(ValueError, match="timesteps are those to cache"):
+        BitsFusionConfig(timesteps=50)
+    with pytest.raises(ValueError, match="give BitsFusionConfig a recipe"):
+        pack_(copy.deepcopy(full), BitsFusionConfig())
+    with pytest.raises(ValueError, match="packed already"):
+        save_packed(load_packed(saved / "packed"), saved, BitsFusionConfig(Recipe(every(3))))
+    with pytest.raises(ValueError, match="this UNet is packed"):
+        size_report(load_packed(saved / "packed"))
     broken = copy.deepcopy(full)
     with torch.no_grad():
         broken.conv_in.weight[0, 0, 0, 0] = torch.nan
@@ -451,17 +481,10 @@ def test_an_upload_that_fails_leaves_the_files(saved, tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     unet = UNet2DConditionModel.from_pretrained(saved / "packed")
-    monkeypatch.setattr(unet, "push_to_hub", offline)
+    monkeypatch.setattr(packed_model, "create_repo", offline)
     with pytest.raises(ConnectionError):
         unet.save_pretrained(tmp_path / "toy", push_to_hub=True)
     load_packed(tmp_path / "toy")
-
-
-def test_models_are_pickled(saved, asked, expected):
-    unet = UNet2DConditionModel.from_pretrained(saved / "packed")
-    again = pickle.loads(pickle.dumps(unet))
-    assert torch.equal(answer(again, asked), expected)
-    assert isinstance(again, PackedModel)
 
 
 def test_kept_weights_follow_what_is_loaded_and_may_be_trained_with(saved, full, config, asked):
@@ -479,14 +502,68 @@ def test_kept_weights_follow_what_is_loaded_and_may_be_trained_with(saved, full,
     assert torch.equal(answer(unet, asked), answer(other, asked))
 
 
-def test_a_variant_stands_beside_what_is_there(saved, tmp_path, asked, expected):
+def test_a_variant_stands_beside_what_is_there(saved, full, tmp_path, asked, expected):
     unet = UNet2DConditionModel.from_pretrained(saved / "packed")
     unet.save_pretrained(tmp_path)
-    unet.save_pretrained(tmp_path, variant="fp16")
+    other = copy.deepcopy(full)
+    pack_(other, BitsFusionConfig(Recipe(every(3)), timesteps=STEPS))
+    other.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    other.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    files = len(list(tmp_path.glob("*.safetensors")))
+    assert files > 2
+    for load in (load_packed, UNet2DConditionModel.from_pretrained):
+        assert torch.equal(answer(load(tmp_path), asked), expected)
+        again = load(tmp_path, variant="fp16")
+        assert torch.equal(answer(again, asked), answer(other, asked))
+    unet.save_pretrained(tmp_path, variant="fp16")  # the shards of this variant go
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
-    again = UNet2DConditionModel.from_pretrained(tmp_path, variant="fp16")
-    assert torch.equal(answer(again, asked), expected)
-    load_packed(tmp_path)
+    assert torch.equal(answer(load_packed(tmp_path, variant="fp16"), asked), expected)
+
+
+@pytest.mark.parametrize("residency", ["packed", "dense"])
+def test_a_lora_is_not_merged_into_packed_weights(saved, residency, asked, expected):
+    unet = load_packed(saved / "packed", residency)
+    assert torch.equal(answer(unet, asked), expected)
+    targets = ["to_q", "conv1"]
+    wrapped = get_peft_model(unet, LoraConfig(target_modules=targets, init_lora_weights=False))
+    with pytest.raises(NotImplementedError, match="cannot be overwritten"):
+        wrapped.merge_and_unload()
+    assert torch.equal(answer(load_packed(saved / "packed"), asked), expected)
+
+
+def test_features_in_float32_come_back(full, recipe, tmp_path, asked):
+    unet = copy.deepcopy(full)
+    config = BitsFusionConfig(recipe, timesteps=STEPS, features="float32")
+    pack_(unet, config)
+    unet.save_pretrained(tmp_path / "first")
+    for load in (load_packed, UNet2DConditionModel.from_pretrained):
+        again = load(tmp_path / "first")
+        known = cached_time_features(again)
+        assert {values.dtype for values in known.features.values()} == {torch.float32}
+        assert torch.equal(answer(again, asked), answer(unet, asked))
+    again.save_pretrained(tmp_path / "second")
+    assert content(tmp_path / "second") == content(tmp_path / "first")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packing_while_loading_gives_the_same_features(full, recipe, tmp_path, dtype):
+    """Also of an original in half precision, and wherever its weights lie in memory."""
+    unet = copy.deepcopy(full).to(dtype)
+    unet.save_pretrained(tmp_path / "full")
+    config = BitsFusionConfig(recipe, timesteps=range(0, 1000, 20))
+    pack_(unet, config)
+    load = UNet2DConditionModel.from_pretrained
+    again = load(tmp_path / "full", quantization_config=config, torch_dtype=dtype)
+    first, second = unet.state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_layers_that_were_added_are_not_saved_in_silence(saved, tmp_path):
+    unet = load_packed(saved / "packed")
+    unet.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"added or renamed since it was packed: \['extra.bias'"):
+        unet.save_pretrained(tmp_path)
 
 
 def test_a_compressed_checkpoint_becomes_a_plain_one(saved, tmp_path):
