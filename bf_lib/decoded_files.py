@@ -59,6 +59,7 @@ def _midpoints(palette: Tensor) -> Tensor:
 
 
 def store_palettes(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Writes indices of 2 bits into palettes of float16, and all else as float16."""
     state = {name: value.half() for name, value in unet.state_dict().items()}
     for layer in all_layers(unet):
         palette, indices = palette_of(unet.get_submodule(layer.name).weight)
@@ -71,6 +72,7 @@ def store_palettes(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def load_palettes(folder: Path) -> UNet2DConditionModel:
+    """Looks up the weights, in float32."""
     values = load_file(folder / PALETTE_FILE)
     unet = meta_unet(UNet2DConditionModel.load_config(folder))
     for layer in all_layers(unet):

@@ -41,7 +41,7 @@ from bf_lib.models import meta_unet, sd15_unet_config
 from bf_lib.packed_config import BitsFusionConfig
 from bf_lib.packed_layers import packed_layers
 from bf_lib.packed_unets import load_packed, pack_
-from bf_lib.packed_weights import SCALES, decoded_in, stored_scale
+from bf_lib.packed_weights import SCALES, decoded_in, scale_of, stored_scale
 from bf_lib.packing import pack, unpack, unpack_, word
 from bf_lib.recipe import Recipe, published_recipe
 from bf_lib.timecache import sampling_steps
@@ -96,7 +96,7 @@ def gaussian_unet(
 def saved_costs(
     unet: UNet2DConditionModel, recipe: Recipe, folder: Path, steps: int = 50
 ) -> pd.DataFrame:
-    """Packs a UNet in place and saves it, with and without entropy coding.
+    """Packs a copy of a UNet and saves it, with and without entropy coding.
 
     Arguments:
         unet: The UNet.
@@ -106,21 +106,35 @@ def saved_costs(
 
     Returns:
         Columns tier, mb (the file), stored_bits (for each parameter of the original), pack_s (to
-        round and pack all weights) and save_s (to write the file).
+        search scales, round and pack all weights), save_s (to write the file) and differ: how many
+        layers of the file have other weights than rounding the original to their scales gives.
     """
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     timesteps = sampling_steps(DDIMScheduler(steps_offset=1), steps)
+    packed = copy.deepcopy(unet)
     started = time.perf_counter()
-    pack_(unet, BitsFusionConfig(recipe, timesteps=timesteps, source="Gaussian weights"))
+    pack_(packed, BitsFusionConfig(recipe, timesteps=timesteps, source="Gaussian weights"))
     packing = time.perf_counter() - started
     rows = []
     for tier in ("packed", "zstd"):
         started = time.perf_counter()
-        unet.save_pretrained(folder / tier, compress="zstd" if tier == "zstd" else None)
+        packed.save_pretrained(folder / tier, compress="zstd" if tier == "zstd" else None)
         saving = time.perf_counter() - started
         size = sum(file.stat().st_size for file in (folder / tier).glob("*.safetensors"))
-        rows.append((tier, size / 1e6, 8 * size / parameters, packing, saving))
-    return pd.DataFrame(rows, columns=["tier", "mb", "stored_bits", "pack_s", "save_s"])
+        differ = _differing(load_packed(folder / tier), unet)
+        rows.append((tier, size / 1e6, 8 * size / parameters, packing, saving, differ))
+    return pd.DataFrame(rows, columns=["tier", "mb", "stored_bits", "pack_s", "save_s", "differ"])
+
+
+@torch.no_grad()
+def _differing(packed: nn.Module, original: nn.Module) -> int:
+    """Counts the layers whose weights are not those of the original, rounded and never packed."""
+    count = 0
+    for name, layer in packed_layers(packed).items():
+        weight = original.get_submodule(name).weight
+        scale = scale_of(layer.scale).float().view(-1, *[1] * (weight.ndim - 1))
+        count += not torch.equal(layer.weight, fake_quantize(weight, scale, layer.levels))
+    return count
 
 
 def loaded_costs(folder: Path, latents: int = 32, threads: int | None = None) -> pd.DataFrame:

@@ -216,9 +216,8 @@ def _share(kinds: dict[Layer, str | None]) -> str:
 def _apart(function: Callable[..., dict], *arguments: object, timeout: float) -> dict:
     """Calls a function in a process of its own; returns its answer, or its error in one line."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(
-        [__name__]
-    )  # imports what takes seconds once, and not twenty times
+    # What takes seconds to import is imported once, and not by each of twenty processes.
+    context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
     process.start()

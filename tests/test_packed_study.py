@@ -75,7 +75,9 @@ def test_saved_costs_are_those_of_the_files(tmp_path):
         size = sum(file.stat().st_size for file in (tmp_path / tier).glob("*.safetensors"))
         assert saved.mb[tier] == size / 1e6
         assert saved.stored_bits[tier] == 8 * size / report.parameters
-    assert saved.mb["zstd"] < saved.mb["packed"]
+    assert saved.mb["zstd"] < saved.mb["packed"] and saved.differ.sum() == 0
+    unet.mid_block.resnets[0].conv1.weight.data.neg_()
+    assert packed_study._differing(load_packed(tmp_path / "zstd"), unet) == 1
 
 
 def test_speeds_are_timed_with_so_many_threads_and_no_others():
