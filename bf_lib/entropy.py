@@ -12,8 +12,8 @@ import torch
 import zstandard
 from torch import Tensor
 
+from bf_lib.digits import digits, from_digits
 from bf_lib.grids import balanced_codes
-from bf_lib.packing import digits, from_digits
 
 LEVEL = 1  # higher ones look for repetitions, of which there are none
 BYTE = 256

@@ -13,8 +13,6 @@ apart by operations on whole tensors, and lie where they belong.
 
 __all__ = [
     "Word",
-    "digits",
-    "from_digits",
     "has_only_codes",
     "pack",
     "packed_bytes",
@@ -30,12 +28,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bf_lib.digits import KINDS, bits_of, digits, from_digits
 from bf_lib.grids import balanced_codes, bits_of_levels
 
 # Bytes of a word -> the type of a tensor of them. Words are unsigned, whatever torch says.
 TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-KINDS = (torch.int16, torch.int32, torch.int64)  # to compute in, the cheapest first
-EXACT = 1 << 21  # below it, float32 tells quotients apart
 WIDEST = 63  # bits of a number: one sign bit less than the widest word
 CHUNK = 1 << 19  # numbers at once: few calls, and what is computed on the way stays in the cache
 
@@ -81,11 +78,11 @@ def word(levels: int) -> Word:
     bits_of_levels(levels)  # says what is wrong with them
     words = []
     for size in TYPES:
-        for digits in range(1, 8 * size):
-            bits = (levels**digits - 1).bit_length()
+        for count in range(1, 8 * size):
+            bits = (levels**count - 1).bit_length()
             if bits > min(8 * size, WIDEST):
                 break
-            words.append(Word(digits=digits, bits=bits, numbers=8 * size // bits, bytes=size))
+            words.append(Word(digits=count, bits=bits, numbers=8 * size // bits, bytes=size))
     return min(words, key=lambda w: (w.bits_per_code, w.bytes, w.digits))
 
 
@@ -186,7 +183,7 @@ def has_only_codes(words: Tensor, levels: int) -> bool:
 
 def _numbers(words: Tensor, unit: Word) -> Tensor:
     """Returns the numbers of n words, with shape (numbers of a word, n), in a new tensor."""
-    kind = next(kind for kind in KINDS if _bits(kind) >= unit.bits)
+    kind = next(kind for kind in KINDS if bits_of(kind) >= unit.bits)
     wide, mask = _unsigned(words), (1 << unit.bits) - 1
     if unit.numbers > 1:
         shifts = torch.arange(unit.numbers, device=words.device)[:, None] * unit.bits
@@ -196,62 +193,11 @@ def _numbers(words: Tensor, unit: Word) -> Tensor:
     return wide.to(kind)[None]
 
 
-# ---- digits
-
-
-def from_digits(planes: Tensor, levels: int) -> Tensor:
-    """Returns the numbers of some digits, in their type.
-
-    Arguments:
-        planes: The digits from 0 to levels - 1, with shape (count, n), the lowest first.
-        levels: The base.
-    """
-    numbers = torch.zeros_like(planes[0])
-    for plane in planes.flip(0):
-        numbers.mul_(levels).add_(plane)
-    return numbers
-
-
-def digits(numbers: Tensor, levels: int, count: int) -> Iterator[Tensor]:
-    """Yields the digits of numbers, the lowest first: the inverse of `from_digits`.
-
-    Numbers are halved, again and again: the upper digits from the lower ones.
-
-    Arguments:
-        numbers: From 0 to below levels^count, with shape (*).
-        levels: The base.
-        count: How many digits.
-    """
-    if count == 1:
-        yield numbers
-        return
-    low = _low_digits(levels, count)
-    upper, lower = _divided(numbers, levels**low, levels**count)
-    yield from digits(lower, levels, low)
-    yield from digits(upper, levels, count - low)
-
-
-@cache
-def _low_digits(levels: int, count: int) -> int:
-    """Returns how many digits to part from the others: some half, where division is cheapest."""
-    bound = levels**count
-    cost = {
-        low: len(KINDS) if (k := _reciprocal(levels**low, bound)) is None else KINDS.index(k[0])
-        for low in range(1, count)
-    }
-    return min(cost, key=lambda low: (cost[low], abs(2 * low - count)))
-
-
 def _parts(count: int, unit: Word) -> Iterator[slice]:
     """Cuts words into pieces that stay in the cache."""
     size = max(1, CHUNK // unit.numbers)
     for start in range(0, count, size):
         yield slice(start, start + size)
-
-
-def _bits(kind: torch.dtype) -> int:
-    """Returns the bits of the numbers that a signed type holds."""
-    return torch.iinfo(kind).bits - 1
 
 
 def _unsigned(words: Tensor) -> Tensor:
@@ -269,38 +215,3 @@ def _unsigned(words: Tensor) -> Tensor:
             return words.to(torch.int64).bitwise_and_(0xFFFFFFFF)
         case _:
             return words
-
-
-def _divided(numbers: Tensor, divisor: int, bound: int) -> tuple[Tensor, Tensor]:
-    """Returns the quotients and remainders of numbers from 0 to below a bound."""
-    if found := _reciprocal(divisor, bound):
-        kind, factor, shift = found
-        numbers = numbers.to(kind)
-        quotient = (numbers * factor).bitwise_right_shift_(shift)
-    elif bound <= EXACT:
-        # (x + 1/2) / d is at least 1/(2 d) away from a whole number, more than two roundings do.
-        numbers = numbers.to(torch.int32)
-        quotient = numbers.to(torch.float32).add_(0.5).mul_(1 / divisor).to(torch.int32)
-    else:
-        quotient = torch.div(numbers, divisor, rounding_mode="trunc")
-    return quotient, torch.sub(numbers, quotient, alpha=divisor)
-
-
-@cache
-def _reciprocal(divisor: int, bound: int) -> tuple[torch.dtype, int, int] | None:
-    """Finds a factor and a shift that divide all numbers from 0 to below a bound.
-
-    With m = ceil(2^s / d), m x / 2^s exceeds x / d by x (m d - 2^s) / (d 2^s). As long as that is
-    below 1 / d, no whole number lies between the two (Granlund and Montgomery, 1994).
-
-    Returns:
-        The smallest type that products fit, the factor m and the shift s; None if it is wider
-        than 32 bits, in which multiplying is no longer cheap.
-    """
-    for kind in KINDS[:2]:
-        for shift in range(_bits(kind)):
-            factor = -(-(2**shift) // divisor)
-            exact = (bound - 1) * (factor * divisor - 2**shift) < 2**shift
-            if exact and (bound - 1) * factor < 2 ** _bits(kind):
-                return kind, factor, shift
-    return None

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import toy_unet
 
-from bf_lib import packed_study
+from bf_lib import packed_bits, packed_study
 from bf_lib.layers import list_layers
 from bf_lib.models import load_pipeline
 from bf_lib.packed_config import BitsFusionConfig
@@ -24,14 +24,14 @@ def config():
 
 
 def test_the_entropy_of_codes():
-    assert packed_study.entropy(torch.tensor([-1, 0, 1, 2] * 5)) == pytest.approx(2)
-    assert packed_study.entropy(torch.tensor([7, 7, 7])) == 0
+    assert packed_bits.entropy(torch.tensor([-1, 0, 1, 2] * 5)) == pytest.approx(2)
+    assert packed_bits.entropy(torch.tensor([7, 7, 7])) == 0
     half, quarter = torch.zeros(2), torch.tensor([-3, 5])
-    assert packed_study.entropy(torch.cat([half, quarter])) == pytest.approx(1.5)
+    assert packed_bits.entropy(torch.cat([half, quarter])) == pytest.approx(1.5)
 
 
 def test_codes_cost_no_less_than_their_entropy_and_no_more_than_fields():
-    costs = packed_study.code_costs((3, 5, 9, 17), count=1 << 16)
+    costs = packed_bits.code_costs((3, 5, 9, 17), count=1 << 16)
     assert (costs.log2 <= costs.words).all() and (costs.words < costs.fields).all()
     assert (costs.entropy <= costs.zstd).all() and (costs.zstd < costs.words).all()
     assert costs.zstd.values == pytest.approx(costs.entropy.values, rel=0.03)
@@ -40,7 +40,7 @@ def test_codes_cost_no_less_than_their_entropy_and_no_more_than_fields():
 def test_costs_of_layers_are_those_of_their_bytes(config):
     unet = toy_unet()
     pack_(unet, config)
-    costs = packed_study.layer_costs(unet).set_index("name")
+    costs = packed_bits.layer_costs(unet).set_index("name")
     for name, layer in packed_layers(unet).items():
         assert costs.words[name] * costs.weights[name] / 8 == pytest.approx(layer.words.nbytes)
         assert costs.entropy[name] <= costs.log2[name] + 1e-9

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bf_lib import packing
 from bf_lib.grids import balanced_codes
-from bf_lib.packing import Word, digits, has_only_codes, pack, unpack, word
+from bf_lib.packing import Word, has_only_codes, pack, unpack, word
 
 PAPER = (3, 5, 9, 17, 33, 65, 129, 257)
 odd = st.integers(1, 500).map(lambda n: 2 * n + 1)
@@ -49,14 +49,6 @@ def test_no_other_word_takes_fewer_bits(levels):
 def test_words_are_enough_and_not_one_too_many(levels, count):
     unit = word(levels)
     assert (unit.count(count) - 1) * unit.codes < count <= unit.count(count) * unit.codes
-
-
-@pytest.mark.parametrize("levels, count", [(3, 5), (5, 3), (9, 5), (17, 5), (33, 3), (129, 3)])
-def test_digits_of_all_numbers(levels, count):
-    """However they are divided: by reciprocals in 16 or 32 bits, or in float32."""
-    numbers = torch.arange(levels**count)
-    for place, digit in enumerate(digits(numbers, levels, count)):
-        assert torch.equal(digit.long(), numbers // levels**place % levels)
 
 
 @given(odd, st.integers(0, 300), st.integers(0, 2**32))
@@ -100,28 +92,6 @@ def test_any_shape_is_taken_row_by_row():
     codes = drawn(5, 60).view(3, 4, 5)
     assert torch.equal(pack(codes, 5), pack(codes.flatten(), 5))
     assert torch.equal(pack(codes.transpose(0, 2), 5), pack(codes.transpose(0, 2).flatten(), 5))
-
-
-@given(st.integers(2, 10**6), st.integers(2, 2**40))
-def test_reciprocals_divide_exactly(divisor, bound):
-    found = packing._reciprocal(divisor, bound)
-    if found is None:
-        return
-    kind, factor, shift = found
-    near = {n * divisor + d for n in (1, 2, bound // divisor) for d in (-1, 0, 1)}
-    for number in {0, 1, bound - 1, *near}:
-        if 0 <= number < bound:
-            assert number * factor <= torch.iinfo(kind).max
-            assert number * factor >> shift == number // divisor
-
-
-@given(st.integers(2, 2**21), st.integers(0, 2**21 - 1))
-def test_floats_divide_exactly(divisor, near):
-    numbers = torch.tensor([0, 2**21 - 1, near, near // divisor * divisor])
-    numbers = torch.cat([numbers, (numbers - 1).clamp(0), near % divisor + numbers[:1]])
-    quotient, remainder = packing._divided(numbers, divisor, packing.EXACT)
-    assert torch.equal(quotient.long(), numbers // divisor)
-    assert torch.equal(remainder.long(), numbers % divisor)
 
 
 def test_numbers_that_are_no_words_are_told():

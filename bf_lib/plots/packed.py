@@ -21,7 +21,7 @@ def code_bits(rows: pd.DataFrame) -> Figure:
     """Bits of a code above those of equally frequent levels, by how it is stored.
 
     Arguments:
-        rows: Columns levels, log2 and those of `WAYS`, as `packed_study.code_costs` returns them.
+        rows: Columns levels, log2 and those of `WAYS`, as `packed_bits.code_costs` returns them.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.0))
     places = range(len(rows))
@@ -38,7 +38,7 @@ def layer_bits(rows: pd.DataFrame) -> Figure:
     """Bits of the codes of each layer against the entropy of their frequencies.
 
     Arguments:
-        rows: Columns levels and those of `WAYS` but "fields", as `packed_study.layer_costs`
+        rows: Columns levels and those of `WAYS` but "fields", as `packed_bits.layer_costs`
             returns them.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.0))
