@@ -94,7 +94,10 @@ class Header:
 
     def metadata(self) -> dict[str, str]:
         """Returns the metadata of a safetensors file."""
-        return {KEY: json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)}
+        said = asdict(self)
+        if not self.wide:  # of hardly any checkpoint
+            del said["wide"]
+        return {KEY: json.dumps(said, separators=(",", ":"), sort_keys=True)}
 
     @classmethod
     def of(cls, metadata: Mapping[str, str] | None) -> Self:
