@@ -291,6 +291,20 @@ def test_an_index_goes_before_a_file(folder, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def kill_after(moved, monkeypatch):
+    """Ends a save after so many renames; returns the list of those that it began."""
+    replace, begun = Path.replace, []
+
+    def killed(path, target):
+        begun.append(path)
+        if len(begun) > moved:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    return begun
+
+
 @pytest.mark.parametrize("moved", range(8))
 def test_a_kill_between_renames_of_shards_leaves_one_of_two(folder, moved, monkeypatch):
     other, first = toy_unet(seed=1), load_packed(folder)
@@ -298,15 +312,7 @@ def test_a_kill_between_renames_of_shards_leaves_one_of_two(folder, moved, monke
     pack_(other, BitsFusionConfig(Recipe(levels), timesteps=[1, 500]))
     first.save_pretrained(folder, max_shard_size="100KB")
     before, wanted = first.state_dict(), other.state_dict()
-    replace, count = Path.replace, []
-
-    def killed(path, target):
-        count.append(path)
-        if len(count) > moved:
-            raise KeyboardInterrupt
-        return replace(path, target)
-
-    monkeypatch.setattr(Path, "replace", killed)
+    count = kill_after(moved, monkeypatch)
     with contextlib.suppress(KeyboardInterrupt):
         other.save_pretrained(folder, max_shard_size="100KB")
     after = load_packed(folder).state_dict()
@@ -337,15 +343,7 @@ def test_a_kill_between_two_renames_leaves_one_of_two(folder, moved, monkeypatch
     levels = dict(load_packed(folder).hf_quantizer.header.levels)
     pack_(other, BitsFusionConfig(Recipe(levels), timesteps=[1, 500]))
     before = load_packed(folder).state_dict()
-    replace, count = Path.replace, []
-
-    def killed(path, target):
-        count.append(path)
-        if len(count) > moved:
-            raise KeyboardInterrupt
-        return replace(path, target)
-
-    monkeypatch.setattr(Path, "replace", killed)
+    kill_after(moved, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         other.save_pretrained(folder)
     after = load_packed(folder).state_dict()
