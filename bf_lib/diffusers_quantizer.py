@@ -95,8 +95,9 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         return state
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
+        dtype = model.dtype  # for which diffusers walks over all modules
         for layer in packed_layers(model).values():
-            layer.compute_dtype = model.dtype
+            layer.compute_dtype = dtype
         if not self.pre_quantized:
             self.quantization_config.cache_(model)
             if self.dtype is not None:

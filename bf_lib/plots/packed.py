@@ -3,6 +3,7 @@
 __all__ = ["code_bits", "decoding", "layer_bits", "stored_by"]
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -80,20 +81,23 @@ def stored_by(rows: pd.DataFrame, ours: str = "bf_lib") -> Figure:
         ours: How the names of our own rows begin.
     """
     rows = rows.dropna(subset=["stored_bits", "relative_error"])
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.6))
-    own = rows.peer.str.startswith(ours)
-    for part, colour, marker in ((rows[~own], "#555555", "o"), (rows[own], "#0072B2", "^")):
-        axis.plot(part.stored_bits, part.relative_error, marker, color=colour, ms=5)
-    for row in rows.itertuples():
-        place = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
-        axis.annotate(row.peer, (row.stored_bits, row.relative_error), **place)
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="stored bits of a parameter",
-        ylabel="relative error of the output",
+    rows = rows.sort_values("stored_bits", ascending=False, ignore_index=True)
+    colours = ["#0072B2" if peer.startswith(ours) else "#555555" for peer in rows.peer]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, 1.0 + 0.2 * len(rows)), sharey=True, layout="constrained"
     )
-    ticks = [2, 3, 4, 6, 8, 12, 16]
-    axis.set_xticks(ticks, ticks)
-    axis.minorticks_off()
+    left.barh(rows.index, rows.stored_bits, color=colours, height=0.7)
+    for place, bits in rows.stored_bits.items():
+        left.annotate(
+            f"{bits:.2f}", (bits, place), (3, 0), textcoords="offset points", va="center", size=7
+        )
+    left.set(xlabel="stored bits of a parameter", xlim=(0, rows.stored_bits.max() * 1.15))
+    left.set_yticks(rows.index, rows.peer)
+    left.grid(axis="y", visible=False)
+    errors = rows.relative_error.where(rows.relative_error > 0)
+    decades = np.floor(np.log10(errors.min())), np.ceil(np.log10(errors.max()))
+    right.scatter(errors, rows.index, c=colours)
+    right.set(xscale="log", xlim=[10.0**ten for ten in decades], xlabel="relative error of a step")
+    for place in rows.index[rows.relative_error == 0]:  # which has no place on this axis
+        right.annotate("0", (0.01, place), xycoords=("axes fraction", "data"), va="center", size=7)
     return figure
