@@ -7,6 +7,7 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from math import prod
 from multiprocessing import get_context
@@ -220,7 +221,8 @@ def _apart(function: Callable[..., dict], *arguments: object, timeout: float) ->
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
-    process.start()
+    with _silenced():  # also what starts processes, in which packages complain on import
+        process.start()
     sender.close()
     try:
         if not receiver.poll(timeout):
@@ -238,11 +240,25 @@ def _apart(function: Callable[..., dict], *arguments: object, timeout: float) ->
 
 def _answer(sender: Connection, function: Callable[..., dict], arguments: tuple) -> None:
     end_with_parent()
-    with open(os.devnull, "w") as nowhere:  # a notebook would show what libraries log
-        for stream in (1, 2):
-            os.dup2(nowhere.fileno(), stream)
-    try:
-        answer = function(*arguments)
-    except Exception as error:  # whatever a peer raises belongs in its row
-        answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
+    with _silenced():
+        try:
+            answer = function(*arguments)
+        except Exception as error:  # whatever a peer raises belongs in its row
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
     sender.send(answer)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Drops what this process, and those that it starts, print: a notebook would show it."""
+    streams = (1, 2)
+    kept = [os.dup(stream) for stream in streams]
+    try:
+        with open(os.devnull, "w") as nowhere:
+            for stream in streams:
+                os.dup2(nowhere.fileno(), stream)
+        yield
+    finally:
+        for stream, old in zip(streams, kept, strict=True):
+            os.dup2(old, stream)
+            os.close(old)
