@@ -15,6 +15,8 @@ _HOMES = {
     "load_pipeline": "bf_lib.models",
     "published_recipe": "bf_lib.recipe",
     "pack_": "bf_lib.packed_unets",
+    "pack_student": "bf_lib.packed_unets",
+    "quantize": "bf_lib.student",
     "run_job": "bf_lib.jobs",
     "save_packed": "bf_lib.packed_unets",
     "set_residency": "bf_lib.packed_layers",

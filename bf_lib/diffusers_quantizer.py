@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from bf_lib.checkpoint import KEY, Header, decoded, encoded, left_out
 from bf_lib.checkpoint_files import checked_files, config_of
 from bf_lib.layers import all_layers
+from bf_lib.models import meta_unet
 from bf_lib.packed_config import BitsFusionConfig
 from bf_lib.packed_layers import packed_layers, prepare_
 from bf_lib.packed_model import dequantized_, packed_class
+from bf_lib.timecache import cached_time_features
 
 
 class BitsFusionQuantizer(DiffusersQuantizer):
@@ -123,10 +125,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
 def first_header(unet: nn.Module, config: BitsFusionConfig) -> Header:
     """Returns the header of a UNet that is about to be packed, as far as it is known."""
-    cached = config.timesteps is not None
+    known = cached_time_features(unet) is not None  # the layers of the original are asked for
+    layers = all_layers(meta_unet(unet.config) if known else unet)
     return Header(
         levels=dict(config.recipe.levels),
-        left=left_out(all_layers(unet), config.recipe.levels, cached),
+        left=left_out(layers, config.recipe.levels, known or config.timesteps is not None),
         compress=config.compress,
         made=dict(config.recipe.made) | {"scales": config.scales},
         source=config.source,

@@ -1,61 +1,159 @@
 """Layers whose weights are rounded while they are trained (BitsFusion, §3.2 and §4.2).
 
 The full-precision weight stays what is trained, through a straight-through estimator, and the
-scale of each output channel is trained with it. With s the scale and B the largest code,
+scale of each output channel is trained with it. With s the scale and codes from -B to B,
 
-    w_hat = s round(clip(w / s, -B, B)),
+    w_hat = s q,   q = clip(round(w / s), -B, B),
 
 the gradients are those of LSQ (Esser et al., 2020, https://arxiv.org/abs/1902.08153):
-d w_hat / d w is 1 inside the range and 0 beyond, and d w_hat / d s is round(w / s) - w / s inside
-and the sign times B beyond. The logarithm of the scale is trained, so the scale stays positive and
-a step changes it by a share of itself; LSQ's factor on its gradient would change nothing under
-Adam, which divides by the gradient's size.
+d w_hat / d w is 1 where |w| <= s B and 0 beyond, and d w_hat / d s is q - w / s inside and q
+beyond. The logarithm of the scale is trained, so the scale stays positive and a step changes it
+by a share of itself; its gradient, s times that of the scale, is
+
+    <g, w_hat> - <g inside, w>
+
+for the gradient g of w_hat. It is not multiplied by LSQ's factor 1 / sqrt(N B): under Adam, which
+divides by the gradient's size, a factor changes nothing.
+
+Going forward, the scale is rounded to float16, in which it is stored; so what is trained is, bit
+for bit, what is packed. Grids that are not balanced have other bounds than -B and B; those without
+a zero (half-shifted) have their codes at odd halves.
 """
 
-__all__ = ["FakeQuantized", "attach_fake_quantizer_"]
+__all__ = [
+    "FakeQuantized",
+    "attach_fake_quantizer_",
+    "fake_quantizers",
+    "remove_fake_quantizers_",
+]
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.utils import parametrize
 
 from bf_lib.grids import alternating_scale, balanced_codes
-from bf_lib.layers import get_layer
+
+LEAST = torch.finfo(torch.float16).smallest_normal  # below it float16 is too coarse for a scale
 
 
 class FakeQuantized(nn.Module):
-    """A parametrization of a weight: rounded going forward, straight through going back."""
+    """A parametrization of a weight: rounded going forward, straight through going back.
 
-    def __init__(self, weight: Tensor, levels: int) -> None:
+    Arguments:
+        scale: Where the scale of each output channel starts, with shape (out, 1, ...).
+        low: The smallest code, one for all channels or with the shape of the scale.
+        high: The largest code, likewise.
+        shift: 0, or 1/2 for codes at odd halves.
+    """
+
+    def __init__(
+        self, scale: Tensor, low: float | Tensor, high: float | Tensor, shift: float = 0.0
+    ) -> None:
         super().__init__()
-        self.bound = int(balanced_codes(levels)[-1])
-        self.log_scale = nn.Parameter(alternating_scale(weight, levels).log())
+        self.log_scale = nn.Parameter(scale.detach().log())
+        self.register_buffer("low", torch.as_tensor(low).to(scale), persistent=False)
+        self.register_buffer("high", torch.as_tensor(high).to(scale), persistent=False)
+        self.shift = shift
 
     @property
     def scale(self) -> Tensor:
-        """The scale of each output channel, with shape (out, 1, ...)."""
-        return self.log_scale.exp()
+        """The scale of each output channel as it is stored, with shape (out, 1, ...)."""
+        return _stored(self.log_scale.detach())
+
+    @property
+    def levels(self) -> int:
+        """The number of levels of a balanced grid.
+
+        Raises:
+            ValueError: If it is another.
+        """
+        if self.shift or not bool((self.low == -self.high).all()):
+            raise ValueError("the grid is not balanced")
+        return 2 * int(self.high.flatten()[0]) + 1
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the rounded weight, with shape (out, *)."""
-        scale = self.scale
-        inside = (weight / scale).clamp(-self.bound, self.bound)
-        codes = inside + (inside.round() - inside).detach()
-        return (codes * scale).to(weight.dtype)
+        return _Rounded.apply(weight, self.log_scale, self.low, self.high, self.shift)
 
 
-def attach_fake_quantizer_(unet: nn.Module, name: str, levels: int) -> FakeQuantized:
+class _Rounded(torch.autograd.Function):
+    """Rounds with the gradients above; keeps nothing large that its caller does not keep."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        weight: Tensor,
+        log_scale: Tensor,
+        low: Tensor,
+        high: Tensor,
+        shift: float,
+    ) -> Tensor:
+        scale = _stored(log_scale)
+        codes = weight / scale
+        codes = codes.sub_(shift).round_().add_(shift) if shift else codes.round_()
+        rounded = codes.clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(weight, rounded, low * scale, high * scale)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rounded, low, high = ctx.saved_tensors
+        inside = gradient * ((weight >= low) & (weight <= high))
+        of_scale = _dot(gradient, rounded) - _dot(inside, weight)
+        return inside, of_scale.view_as(low), None, None, None
+
+
+def _stored(log_scale: Tensor) -> Tensor:
+    return log_scale.exp().clamp_min(LEAST).half().to(log_scale.dtype)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the inner products of the rows of two tensors, with shape (rows,)."""
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+
+
+def attach_fake_quantizer_(
+    layer: nn.Module, levels: int, scale: Tensor | None = None
+) -> FakeQuantized:
     """Makes a layer compute with its rounded weight, the class of the layer staying what it is.
 
-    `torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")` takes it off again.
-
     Arguments:
-        unet: The model that the layer is of.
-        name: The layer's dotted name.
-        levels: The number of levels of its grid; odd, at least 3.
+        layer: A convolution or linear layer.
+        levels: The number of levels of its balanced grid; odd, at least 3.
+        scale: Where the scales start, with shape (out, 1, ...); by default the alternating ones
+            (Eq. 5).
 
     Returns:
-        What holds the scales, started from the alternating ones (Eq. 5).
+        What holds the scales.
     """
-    layer = get_layer(unet, name)
-    quantizer = FakeQuantized(layer.weight.detach(), levels)
+    scale = alternating_scale(layer.weight.detach(), levels) if scale is None else scale
+    bound = int(balanced_codes(levels)[-1])
+    quantizer = FakeQuantized(scale, -bound, bound)
     parametrize.register_parametrization(layer, "weight", quantizer)
     return quantizer
+
+
+def fake_quantizers(unet: nn.Module) -> dict[str, FakeQuantized]:
+    """Returns what holds the scales of each layer whose weight is rounded, by the layer's name."""
+    return {
+        name.removesuffix(".parametrizations.weight.0"): module
+        for name, module in unet.named_modules()
+        if isinstance(module, FakeQuantized)
+    }
+
+
+def remove_fake_quantizers_(unet: nn.Module) -> None:
+    """Makes layers ordinary again, with the rounded weights as their weights.
+
+    Not with `remove_parametrizations`: that deletes the weight from the class of the layer, which
+    copies of it share, so that of a model and its copy the other would have none.
+    """
+    for name in fake_quantizers(unet):
+        layer = unet.get_submodule(name)
+        weight = nn.Parameter(
+            layer.weight.detach(), layer.parametrizations.weight.original.requires_grad
+        )
+        del layer.parametrizations
+        layer.__class__ = type(layer).__bases__[0]
+        layer.weight = weight

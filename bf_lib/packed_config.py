@@ -33,7 +33,7 @@ class BitsFusionConfig(QuantizationConfigMixin):
         recipe: The levels of each layer; None for a checkpoint that is packed already.
         timesteps: The time-steps whose features are cached in place of the time layers, for
             example `sampling_steps(scheduler, 50)`; None keeps the time layers.
-        scales: "alternating", as the paper takes them, or "optimal".
+        scales: "alternating", as the paper takes them, "optimal" or "minmax".
         features: What time features are stored in: "float16" or "float32".
         compress: None, or "zstd" to save fewer bytes, entropy-coded.
         source: What the model is called in the header.

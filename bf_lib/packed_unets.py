@@ -1,13 +1,13 @@
 """Packing, saving and loading UNets, in a call each."""
 
-__all__ = ["load_packed", "pack_", "save_packed"]
+__all__ = ["load_packed", "pack_", "pack_student", "save_packed"]
 
 import copy
 import ctypes
 import gc
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from bf_lib.checkpoint_files import checked
 from bf_lib.diffusers_quantizer import BitsFusionQuantizer, first_header
+from bf_lib.fakequant import fake_quantizers, remove_fake_quantizers_
 from bf_lib.packed_config import BitsFusionConfig
 from bf_lib.packed_layers import Room, pack_layer_, packed_layers, set_residency
 from bf_lib.packed_model import PackedModel, packed_class
+from bf_lib.timecache import cached_time_features, install_time_features_
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -70,17 +72,49 @@ def pack_(
     unet.register_to_config(quantization_config=config)
 
 
+def pack_student(
+    student: UNet2DConditionModel,
+    timesteps: Iterable[float] | Tensor | None = None,
+    compress: str | None = None,
+    source: str = "",
+) -> UNet2DConditionModel:
+    """Returns a student as a packed UNet, ready to be saved; the student stays as it is.
+
+    Codes and scales are those that the student computes with. Biases and norms are rounded to
+    float16, in which they are stored.
+
+    Arguments:
+        student: What `quantize` made, trained or not.
+        timesteps: The time-steps whose features are kept, for example those of
+            `sampling_steps(scheduler, 50)`; by default all that the student has.
+        compress: None, or "zstd" to save fewer bytes, entropy-coded.
+        source: What the model is called in the header.
+
+    Raises:
+        UncachedStep: If the student has no features of a time-step.
+    """
+    unet = copy.deepcopy(student).requires_grad_(False)
+    scales = {name: quantizer.scale for name, quantizer in fake_quantizers(unet).items()}
+    remove_fake_quantizers_(unet)
+    if timesteps is not None:
+        install_time_features_(unet, cached_time_features(unet).at(timesteps))
+    pack_(unet, BitsFusionConfig(student.recipe, compress=compress, source=source), scales)
+    return unet
+
+
 def save_packed(
     unet: UNet2DConditionModel, folder: str | Path, config: BitsFusionConfig | None = None
 ) -> None:
     """Saves a UNet packed; the UNet itself stays as it is.
 
     Arguments:
-        unet: A UNet that is packed already, or one to pack.
+        unet: A UNet that is packed already, a student, or one to pack.
         folder: Where to.
-        config: How to pack it.
+        config: How to pack it, if it is neither packed nor a student.
     """
-    if config is not None:
+    if fake_quantizers(unet):
+        unet = pack_student(unet)
+    elif config is not None:
         unet = copy.deepcopy(unet)
         pack_(unet, config)
     unet.save_pretrained(folder)

@@ -21,10 +21,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bf_lib.grids import alternating_scale, checked_weight, optimal_scale, quantize
+from bf_lib.grids import (
+    alternating_scale,
+    checked_weight,
+    minmax_scale,
+    optimal_scale,
+    quantize,
+)
 from bf_lib.packing import pack, unpack_, word
 
-SCALES = {"alternating": alternating_scale, "optimal": optimal_scale}
+SCALES = {"alternating": alternating_scale, "minmax": minmax_scale, "optimal": optimal_scale}
 CHUNK = 1 << 17  # weights whose codes are searched for at once: what stays in the cache
 HALF = torch.finfo(torch.float16)
 
@@ -39,8 +45,8 @@ def packed_weight(
         weight: The weight, with shape (out, *).
         levels: The number of levels; odd, at least 3.
         scale: The scale of each output channel, with shape (out, 1, ...), which is kept as it is;
-            or how to search for it: "alternating", as the paper does (Eq. 5), or "optimal". What
-            is found is rounded by `stored_scale`.
+            or how to search for it: "alternating", as the paper does (Eq. 5), "optimal" or
+            "minmax". What is found is rounded by `stored_scale`.
 
     Returns:
         The words, and the bits of the scales with shape (out,): of float16, as int16, if all are

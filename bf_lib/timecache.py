@@ -42,6 +42,8 @@ OTHER_INPUTS = (
     "num_class_embeds",
 )
 
+LISTED = 50  # time-steps that an error names
+
 
 class UncachedStep(ValueError):
     """The UNet was asked for a time-step whose features are not in its cache."""
@@ -77,6 +79,20 @@ class TimeFeatures:
         timesteps, order = torch.cat([self.timesteps, other.timesteps[fresh]]).sort()
         both = {name: torch.cat([ours[name], theirs[name][fresh]])[order] for name in ours}
         return type(self)(timesteps, both)
+
+    def at(self, timesteps: Iterable[float] | Tensor) -> Self:
+        """Returns the features of some of the time-steps, each once.
+
+        Raises:
+            UncachedStep: If there are none of one of them.
+        """
+        wanted = torch.as_tensor([float(t) for t in timesteps]).unique()
+        if not torch.isin(wanted, self.timesteps).all():
+            missing = wanted[~torch.isin(wanted, self.timesteps)].tolist()
+            raise UncachedStep(_not_cached(missing, self.timesteps.tolist()))
+        kept = torch.isin(self.timesteps, wanted)
+        some = {name: values[kept] for name, values in self.features.items()}
+        return type(self)(self.timesteps[kept], some)
 
 
 def sampling_steps(scheduler: SchedulerMixin, steps: int) -> Tensor:
@@ -271,7 +287,7 @@ def _features_of(
 
 def _not_cached(missing: list[float], known: list[float]) -> str:
     """Says which time-steps are not there, which are, and how to add one."""
-    listed = ", ".join(f"{t:g}" for t in known)
+    listed = ", ".join(f"{t:g}" for t in known[:LISTED]) + ", ..." * (len(known) > LISTED)
     return (
         f"time-steps {', '.join(f'{t:g}' for t in missing)} are not in the cache, which has "
         f"{len(known)}: {listed}. To add some, compute them with the UNet that still has its time "

@@ -4,24 +4,29 @@ Every random choice is drawn from a generator seeded by (seed, process, step), s
 killed and resumed from its last checkpoint ends with the same weights as one that was not. On CPU
 two single-thread processes do about 1.3 times the work of one with two threads; each draws its own
 part of the batch, so their number is part of what a training is.
+
+Processes, devices and precision are those of `accelerate`: `fit` starts processes on this machine,
+and `train` is one of them, also under `accelerate launch` on several GPUs or machines.
 """
 
-__all__ = ["Plan", "Task", "fit", "load_ema"]
+__all__ = ["Plan", "Task", "TrainingFailed", "fit", "load_ema", "train"]
 
 import csv
 import io
 import json
 import math
+import os
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -45,6 +50,8 @@ class Plan:
     ema: float = 0.999
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
+    rates: tuple[tuple[str, float], ...] = ()  # end of a parameter's name, factor of its rate
+    precision: str = "no"  # of the forward pass: "no" is that of the weights, or "bf16"
     seed: int = 0
     save_every: int = 200  # steps; a multiple of `LOGGED`, so that no row is cut by a kill
 
@@ -60,11 +67,19 @@ class Plan:
         falling = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
         return self.lr * min(rising, falling)
 
+    def factor(self, name: str) -> float:
+        """Returns by what the learning rate of a parameter is multiplied."""
+        return next((factor for end, factor in self.rates if name.endswith(end)), 1.0)
+
+
+class TrainingFailed(FloatingPointError):
+    """A loss or a gradient is not finite; says at which step, and in which layer first."""
+
 
 class Task(Protocol):
     """What is trained: a module, and the loss of one part of a batch.
 
-    Only its parameters are trained and saved; its buffers, if any, must not change.
+    Only its parameters that require gradients are trained and saved; nothing else may change.
     """
 
     model: nn.Module
@@ -80,10 +95,11 @@ def fit(
     processes: int = 2,
     threads: int = 1,
 ) -> None:
-    """Trains, from the last checkpoint in `folder` when there is one of the same plan and task.
+    """Trains in processes on the CPU, from the last checkpoint in `folder` where there is one.
 
-    The task is recognised by its losses before any training, so that a changed model, loss or
-    caption starts over; the checkpoint of another training is kept beside, as `replaced`.
+    It must be one of the same plan and task. The task is recognised by its losses before any
+    training, so that a changed model, loss or caption starts over; the checkpoint of another
+    training is kept beside, as `replaced`.
 
     Arguments:
         make: Builds the task; called once in each process, so it must be picklable.
@@ -91,22 +107,102 @@ def fit(
         folder: Where `checkpoint.safetensors` and `log.csv` are kept.
         processes: How many processes share each batch; `plan.batch` must be a multiple.
         threads: Threads of each process.
+
+    Raises:
+        ProcessRaisedException: With the error of the process that failed first.
     """
     if plan.batch % processes:
         raise ValueError(f"a batch of {plan.batch} cannot be shared by {processes} processes")
-    folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # On Linux, processes are forked from one that has only imported what takes seconds.
+    method = "forkserver" if sys.platform == "linux" else "spawn"
+    mp.get_context(method).set_forkserver_preload([__name__])
     arguments = (processes, port, threads, make, plan, folder)
-    mp.spawn(_worker, arguments, nprocs=processes)
+    mp.start_processes(_started, arguments, nprocs=processes, start_method=method)
+
+
+def _started(
+    rank: int,
+    world: int,
+    port: int,
+    threads: int,
+    make: Callable[[], Task],
+    plan: Plan,
+    folder: Path,
+) -> None:
+    end_with_parent()
+    torch.set_num_threads(threads)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    train(make, plan, folder)
+
+
+def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
+    """Trains in this process, one of those that `accelerate` knows of, or the only one.
+
+    Arguments:
+        make, plan, folder: As in `fit`.
+
+    Raises:
+        TrainingFailed: If a loss or gradient is not finite; the last checkpoint stays.
+    """
+    accelerator = Accelerator(mixed_precision=plan.precision)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if plan.batch % world:
+        raise ValueError(f"a batch of {plan.batch} cannot be shared by {world} processes")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(plan.seed)  # the same initial weights in each process
+    task = make()
+    task.model.to(accelerator.device).train()
+    state = {"plan": asdict(plan), "processes": world, "untrained": _losses(task, plan.seed)}
+    state = json.loads(json.dumps(state))  # tuples become lists
+    trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
+    names, params = zip(*trained, strict=True)
+    ema = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in trained if plan.factor(n) == factor], "factor": factor}
+            for factor in dict.fromkeys(plan.factor(name) for name in names)
+        ],
+        plan.lr,
+        betas=(0.9, 0.99),
+        weight_decay=plan.weight_decay,
+        fused=True,
+    )
+    first = _restore(folder, state, names, params, ema, optimizer)
+    log = _Log(folder / "log.csv", first, plan.steps) if accelerator.is_main_process else None
+    steps = range(first, plan.steps)
+    for step in progress(steps, desc=f"train {folder.name}") if log else steps:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step) * group["factor"]
+        seed = ((plan.seed * 64 + rank) << 32) + step
+        with accelerator.autocast():
+            scalars = task.loss(step, plan.batch // world, torch.Generator().manual_seed(seed))
+        optimizer.zero_grad(set_to_none=False)
+        scalars["loss"].backward()
+        _average_gradients(accelerator, params)
+        if not torch.isfinite(nn.utils.clip_grad_norm_(params, plan.clip)):
+            where = _first_broken(task, step, plan.batch // world, seed, trained)
+            raise TrainingFailed(f"the gradient is not finite at step {step}: {where}")
+        optimizer.step()
+        keep = min(plan.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - keep)
+        if log:
+            log.add(step, plan.rate(step), scalars)
+            if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
+                _save(folder, state, step + 1, names, params, ema, optimizer)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def load_ema(model: nn.Module, folder: Path) -> nn.Module:
     """Loads the averaged weights of the checkpoint in `folder` into a module of its kind."""
     tensors, _ = _read(folder / "checkpoint.safetensors")
     state = {name[4:]: value for name, value in tensors.items() if name.startswith("ema/")}
-    wanted = {name for name, _ in model.named_parameters()}
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(wanted - set(state)):
         raise ValueError(f"{folder} holds no weights for {missing[:5]}")
     if unexpected := sorted(set(state) - wanted):
@@ -120,54 +216,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
 
 
-def _worker(
-    rank: int,
-    world: int,
-    port: int,
-    threads: int,
-    make: Callable[[], Task],
-    plan: Plan,
-    folder: Path,
-) -> None:
-    end_with_parent()
-    torch.set_num_threads(threads)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
-    torch.manual_seed(plan.seed)  # the same initial weights in each process
-    task = make()
-    task.model.train()
-    state = {"plan": asdict(plan), "processes": world, "untrained": _losses(task, plan.seed)}
-    names, params = zip(*task.model.named_parameters(), strict=True)
-    ema = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(
-        params, plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
-    )
-    first = _restore(folder, state, names, params, ema, optimizer)
-    log = _Log(folder / "log.csv", first, plan.steps) if rank == 0 else None
-    steps = range(first, plan.steps)
-    for step in progress(steps, desc=f"train {folder.name}") if rank == 0 else steps:
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
-        generator = torch.Generator().manual_seed(((plan.seed * 64 + rank) << 32) + step)
-        scalars = task.loss(step, plan.batch // world, generator)
-        optimizer.zero_grad(set_to_none=False)
-        scalars["loss"].backward()
-        _average_gradients(params, world)
-        norm = nn.utils.clip_grad_norm_(params, plan.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at step {step}")
-        optimizer.step()
-        keep = min(plan.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - keep)
-        if log:
-            log.add(step, plan.rate(step), scalars)
-            if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
-                _save(folder, state, step + 1, names, params, ema, optimizer)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @torch.no_grad()
 def _losses(task: Task, seed: int) -> dict[str, float]:
     """Returns the losses of a small batch, the same in each process."""
@@ -175,16 +223,47 @@ def _losses(task: Task, seed: int) -> dict[str, float]:
     return {name: float(value) for name, value in scalars.items()}
 
 
-def _average_gradients(params: tuple[nn.Parameter, ...], world: int) -> None:
-    if world == 1:
+def _average_gradients(accelerator: Accelerator, params: tuple[nn.Parameter, ...]) -> None:
+    if accelerator.num_processes == 1:
         return
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    flat /= world
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in params]), "mean")
     parts = flat.split([p.numel() for p in params])
     torch._foreach_copy_(
         [p.grad for p in params], [f.view_as(p) for f, p in zip(parts, params, strict=True)]
     )
+
+
+@torch.no_grad()
+def _first_broken(
+    task: Task, step: int, size: int, seed: int, trained: Sequence[tuple[str, nn.Parameter]]
+) -> str:
+    """Says where something that is not finite comes from: repeats a step and looks at each layer.
+
+    A forward pass meets it first in the layer at fault. Where it has only finite numbers, the
+    gradient met it first in one of the layers whose gradients are not finite, which are named
+    from the last.
+    """
+    broken: list[str] = []
+
+    def look(name: str, out: object) -> None:
+        parts = out if isinstance(out, tuple) else [out]
+        if not all(p.isfinite().all() for p in parts if isinstance(p, Tensor)):
+            broken.append(name)
+
+    hooks = [  # of which those of inner modules are called before those around them
+        module.register_forward_hook(lambda _, __, out, name=name: look(name, out))
+        for name, module in task.model.named_modules()
+    ]
+    try:
+        task.loss(step, size, torch.Generator().manual_seed(seed))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if broken:
+        name = broken[0].split(".parametrizations")[0]
+        return f"the first that is not is the output of {name or 'the model'}"
+    names = [name for name, p in reversed(trained) if not p.grad.isfinite().all()]
+    return f"all outputs are, but not the gradients of {', '.join(names[:3])}"
 
 
 def _save(

@@ -173,6 +173,60 @@ def test_an_infinite_loss_stops_with_the_last_checkpoint_whole(tmp_path):
     assert all(torch.isfinite(value).all() for value in saved(tmp_path).values())
 
 
+class Deep(Line):
+    """Three layers, of which the one in the middle breaks at step 30, or whose gradient does."""
+
+    def __init__(self, backward: bool = False) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+        self.backward = backward
+
+    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if step == 30 and self.backward:
+            self.model[1].weight.register_hook(lambda grad: grad * torch.nan)
+        elif step == 30:
+            self.model[1].bias.data[0] = torch.inf
+        return super().loss(step, size, generator)
+
+
+@pytest.mark.parametrize(
+    ("backward", "said"),
+    [
+        (False, "the first that is not is the output of 1$"),
+        (True, "not the gradients of 1.weight$"),
+    ],
+)
+def test_the_layer_at_fault_is_named(backward, said, tmp_path):
+    with pytest.raises(ProcessRaisedException, match=rf"(?m)not finite at step 30: .*{said}"):
+        fit(partial(Deep, backward), PLAN, tmp_path, processes=1)
+
+
+class Frozen(Line):
+    """Only the slope is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.bias.requires_grad_(False).fill_(1.0)
+
+
+def test_only_what_requires_gradients_is_trained_and_saved(tmp_path):
+    fit(Frozen, PLAN, tmp_path, processes=1)
+    assert {name for name in saved(tmp_path) if "bias" in name} == set()
+    model = nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
+    assert load_ema(model, tmp_path).weight.item() == pytest.approx(3, abs=0.2)
+
+
+def test_parameters_can_have_rates_of_their_own(tmp_path):
+    """Adam's first steps are as long as the rate, whatever the gradient."""
+    plan = replace(PLAN, steps=1, warmup=1, decay=0.0, rates=(("bias", 0.1),))
+    fit(Line, plan, tmp_path, processes=1)
+    torch.manual_seed(plan.seed)
+    start, found = Line().model, saved(tmp_path)
+    assert (found["now/weight"] - start.weight).abs().item() == pytest.approx(0.2, rel=1e-3)
+    assert (found["now/bias"] - start.bias).abs().item() == pytest.approx(0.02, rel=1e-3)
+
+
 def test_the_rate_rises_stays_and_falls():
     plan = Plan(steps=100, batch=2, lr=1.0, warmup=10, decay=0.5)
     rates = [plan.rate(step) for step in range(100)]

@@ -103,7 +103,7 @@ class TrainedBench(Bench):
         held_out = self.lessons[plan.steps * plan.batch :]
         weight = get_layer(unet, task.layer).weight.detach().clone()
         with _restored(unet, task.layer, plan.scope):
-            attach_fake_quantizer_(unet, task.layer, levels_of_bits(task.bits))
+            attach_fake_quantizer_(get_layer(unet, task.layer), levels_of_bits(task.bits))
             before = self._error(held_out)
             self._fit(get_layer(unet, task.layer))
             found = {

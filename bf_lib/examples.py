@@ -1,0 +1,175 @@
+"""Images and captions to train on, as latents: drawn scenes, or a folder of one's own."""
+
+__all__ = ["Examples", "folder_examples", "scene_examples"]
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bf_lib.drawing import draw
+from bf_lib.mini import to_float
+from bf_lib.models import fingerprint, load_pipeline
+from bf_lib.processes import end_with_parent
+from bf_lib.training_data import digest, new_file, training_captions, training_scene
+
+ENCODED = 50  # images in one go
+SHARE = 500  # scenes of one task of a process
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examples:
+    """Images as an autoencoder sees them, each with one or more captions."""
+
+    moments: Tensor  # (n, 2 c, h, w), float16: mean and log-variance of latents
+    captions: tuple[tuple[str, ...], ...]  # phrasings of each
+    scale: float  # the autoencoder's scaling factor
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """Draws examples with replacement.
+
+        Returns:
+            Latents with shape (count, c, h, w), drawn from their distributions and scaled as the
+            UNet wants them, and a caption for each.
+        """
+        chosen = torch.randint(len(self), (count,), generator=generator)
+        mean, logvar = self.moments[chosen].float().chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator)
+        latents = (mean + noise * (0.5 * logvar.clamp(-30, 20)).exp()) * self.scale
+        which = torch.rand(count, generator=generator)
+        texts = [self.captions[i] for i in chosen.tolist()]
+        return latents, [t[int(w * len(t))] for t, w in zip(texts, which.tolist(), strict=True)]
+
+    def save(self, path: Path) -> None:
+        """Writes them to a safetensors file, completely or not at all."""
+        said = {"captions": json.dumps(self.captions), "scale": repr(self.scale)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as new:
+            save_file({"moments": self.moments.contiguous()}, new, said)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            said = file.metadata()
+            captions = tuple(map(tuple, json.loads(said["captions"])))
+            return cls(file.get_tensor("moments"), captions, float(said["scale"]))
+
+
+def scene_examples(
+    model: str | Path, count: int, folder: Path, first: int = 0, processes: int = 2
+) -> Examples:
+    """Draws scenes and encodes them, once for an autoencoder: the result is kept in `folder`.
+
+    Scenes are those that `mini` is trained on, from the one with the index `first`.
+
+    Arguments:
+        model: The name or folder of the pipeline whose autoencoder encodes them.
+        count: How many.
+        folder: Where they are kept.
+        first: The index of the first.
+        processes: How many processes share the work.
+    """
+    vae = load_pipeline(model).vae
+    known = digest(fingerprint([vae]).encode())
+    path = folder / f"scenes-{first}-{count}-{known}.safetensors"
+    if not path.exists():
+        stops = [*range(first, first + count, SHARE), first + count]
+        tasks = [(model, range(a, b)) for a, b in zip(stops, stops[1:], strict=False)]
+        with get_context("spawn").Pool(processes, _start_process) as pool:
+            moments = torch.from_numpy(np.concatenate(pool.starmap(_drawn_moments, tasks, 1)))
+        captions = tuple(tuple(training_captions(i)) for i in range(first, first + count))
+        Examples(moments, captions, vae.config.scaling_factor).save(path)
+    return Examples.load(path)
+
+
+def folder_examples(
+    pipe: StableDiffusionPipeline, images: Path, file: Path, size: int | None = None
+) -> Examples:
+    """Encodes the images of a folder, once: the result is kept in `file`.
+
+    Arguments:
+        pipe: The pipeline whose autoencoder encodes them.
+        images: A folder with images and `metadata.csv`, as of Hugging Face's image folders, with
+            columns file_name and text.
+        file: The safetensors file that they are kept in.
+        size: Height and width that images are cut and resized to; by default the pipeline's.
+
+    Raises:
+        FileNotFoundError: If there is no metadata.csv.
+        ValueError: If it lacks a column, or has no rows.
+    """
+    if not file.exists():
+        table = pd.read_csv(images / "metadata.csv")
+        if missing := sorted({"file_name", "text"} - set(table.columns)):
+            raise ValueError(f"{images / 'metadata.csv'} has no column {missing[0]!r}")
+        if table.empty:
+            raise ValueError(f"{images / 'metadata.csv'} has no rows")
+        size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+        paths = [images / name for name in table.file_name]
+        pictures = (np.stack(part) for part in _batches(_pictures(paths, size), ENCODED))
+        moments = torch.cat([encoded(pipe.vae, part) for part in pictures])
+        captions = tuple((text,) for text in table.text.astype(str))
+        Examples(moments, captions, pipe.vae.config.scaling_factor).save(file)
+    return Examples.load(file)
+
+
+@torch.inference_mode()
+def encoded(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
+    """Returns mean and log-variance of the latents of images, float16 on the CPU.
+
+    Arguments:
+        vae: The autoencoder.
+        images: Shape (n, h, w, 3), uint8.
+
+    Returns:
+        Shape (n, 2 c, h / f, w / f), with the autoencoder's c channels and factor f.
+    """
+    x = to_float(images).to(vae.device, vae.dtype)
+    return vae.encode(x).latent_dist.parameters.half().cpu()
+
+
+def _pictures(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
+    for path in paths:
+        with Image.open(path) as image:
+            yield np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
+
+
+def _batches(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    part = []
+    for item in items:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+# ---- processes
+
+
+def _start_process() -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
+
+
+def _drawn_moments(model: str | Path, indices: range) -> np.ndarray:
+    vae = load_pipeline(model).vae
+    images = np.stack([draw(training_scene(i)) for i in indices])
+    parts = [images[i : i + ENCODED] for i in range(0, len(images), ENCODED)]
+    return torch.cat([encoded(vae, part) for part in parts]).numpy()

@@ -1,0 +1,146 @@
+"""What students are trained on: the two stages of BitsFusion, and others beside them (§4.2).
+
+A step draws latents z_0 with captions, time-steps t from a density, and noise n; one caption of
+ten is left out. On z_t and t,
+
+- Stage I ("distillation") learns the teacher's noise and features, L_noise + lambda L_feat
+  (Eqs. 6 to 8), the caption being left out for both;
+- Stage II ("noise") learns the noise n (Eq. 2), and needs no teacher;
+- "guided", for comparison, learns the teacher's guided noise, as EfficientDM does (He et al.,
+  2023, https://arxiv.org/abs/2310.03270): both predict with and without the caption.
+"""
+
+__all__ = ["OBJECTIVES", "Lesson", "Teaching"]
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from bf_lib.distillation import BlockFeatures, feature_loss, noise_loss
+from bf_lib.examples import Examples
+from bf_lib.models import load_pipeline
+from bf_lib.times import draw_times
+from bf_lib.training import load_ema
+
+OBJECTIVES = ("distillation", "guided", "noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a student is taught, and by whom."""
+
+    model: str | Path  # the teacher's pipeline
+    examples: Path  # file of `Examples`
+    density: tuple[float, ...]  # of time-steps, see `bf_lib.times`
+    objective: str = "distillation"
+    feature_weight: float = 0.01  # lambda of Eq. 8
+    relative: bool = False  # whether a block's features count relative to the teacher's
+    dropped: float = 0.1  # of the captions
+    guidance: float = 7.5  # of "guided"
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        if not (0 <= self.dropped <= 1 and self.feature_weight >= 0 and self.guidance >= 1):
+            raise ValueError(f"impossible lesson: {self}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Noised latents at their time-steps, with text."""
+
+    x: Tensor  # (n, c, h, w)
+    t: Tensor  # (n,)
+    text: Tensor  # (n, tokens, width)
+    noise: Tensor  # (n, c, h, w)
+
+
+class Teaching:
+    """A task of `bf_lib.training`: a student, its teacher, and what it learns from.
+
+    Arguments:
+        student: Makes the student from the teacher's UNet.
+        lesson: What it is taught.
+        start: The folder of an earlier training of the same student, to go on from.
+    """
+
+    def __init__(
+        self,
+        student: Callable[[UNet2DConditionModel], UNet2DConditionModel],
+        lesson: Lesson,
+        start: Path | None = None,
+    ) -> None:
+        self.device = PartialState().device
+        self.lesson = lesson
+        self.pipe = load_pipeline(lesson.model, device=self.device)
+        self.teacher = self.pipe.unet.requires_grad_(False)
+        self.model = student(self.teacher)
+        if start is not None:
+            load_ema(self.model, start)
+        self.examples = Examples.load(lesson.examples)
+        self.density = torch.tensor(lesson.density, dtype=torch.float64)
+        self.alphas = self.pipe.scheduler.alphas_cumprod.to(self.device)
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        """Draws a batch; all random numbers are drawn on the CPU, so that all devices agree."""
+        latents, captions = self.examples.draw(size, generator)
+        dropped = torch.rand(size, generator=generator) < self.lesson.dropped
+        texts = ["" if gone else c for gone, c in zip(dropped.tolist(), captions, strict=True)]
+        t = draw_times(self.density, size, generator).to(self.device)
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        a = self.alphas[t].view(-1, 1, 1, 1)
+        x = a.sqrt() * latents.to(self.device) + (1 - a).sqrt() * noise
+        return Batch(x, t, self.encode(texts), noise)
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
+        """Returns texts as the UNet reads them, with shape (n, tokens, width)."""
+        return self.pipe.encode_prompt(texts, self.device, 1, False)[0]
+
+    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns the loss of a batch, by the lesson's objective, and its parts."""
+        batch = self.draw(size, generator)
+        if self.lesson.objective == "noise":
+            mse = noise_loss(_predicted(self.model, batch), batch.noise)
+            return {"loss": mse, "noise": mse}
+        if self.lesson.objective == "guided":
+            empty = self.encode([""]).expand_as(batch.text)
+            both = Batch(
+                *(torch.cat([v, v]) for v in (batch.x, batch.t)),
+                torch.cat([empty, batch.text]),
+                batch.noise,
+            )
+            with torch.no_grad():
+                wanted = self._guided(_predicted(self.teacher, both))
+            mse = noise_loss(self._guided(_predicted(self.model, both)), wanted)
+            return {"loss": mse, "noise": mse}
+        return self._distillation(batch)
+
+    def _distillation(self, batch: Batch) -> dict[str, Tensor]:
+        with_features = self.lesson.feature_weight > 0
+        with (
+            BlockFeatures(self.teacher) if with_features else nullcontext() as known,
+            BlockFeatures(self.model) if with_features else nullcontext() as learnt,
+        ):
+            with torch.no_grad():
+                wanted = _predicted(self.teacher, batch)
+            mse = noise_loss(_predicted(self.model, batch), wanted)
+            if not with_features:
+                return {"loss": mse, "noise": mse}
+            features = feature_loss(learnt.taken, known.taken, self.lesson.relative)
+        loss = mse + self.lesson.feature_weight * features
+        return {"loss": loss, "noise": mse, "features": features}
+
+    def _guided(self, noise: Tensor) -> Tensor:
+        unconditional, conditional = noise.chunk(2)
+        return unconditional + self.lesson.guidance * (conditional - unconditional)
+
+
+def _predicted(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
+    return unet(batch.x, batch.t, encoder_hidden_states=batch.text, return_dict=False)[0]

@@ -1,0 +1,150 @@
+"""What students are taught: objectives by hand, captions dropped for both, and learning."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from toys import toy_pipeline
+
+from bf_lib.distillation import BlockFeatures, feature_loss
+from bf_lib.examples import Examples
+from bf_lib.layers import list_layers
+from bf_lib.student import quantize
+from bf_lib.teaching import Lesson, Teaching
+from bf_lib.times import beta
+from bf_lib.training import Plan, fit, load_ema
+
+TIMES = list(range(50, 1000, 100))  # the students have features of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline, and examples of it."""
+    folder = tmp_path_factory.mktemp("model")
+    toy_pipeline().save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.randn(6, 8, 8, 8, generator=generator) * torch.tensor(
+        [1.0, 0.1]
+    ).repeat_interleave(4).view(1, 8, 1, 1)
+    captions = tuple((f"caption {letter}",) for letter in "abcdef")
+    Examples(moments.half(), captions, 0.8).save(folder / "examples.safetensors")
+    return folder
+
+
+@pytest.fixture
+def lesson(folder):
+    density = torch.zeros(1000)
+    density[TIMES] = 1 / len(TIMES)
+    density = tuple(density.tolist())
+    return Lesson(model=folder, examples=folder / "examples.safetensors", density=density)
+
+
+def ternary(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    return quantize(unet, {layer.name: 3 for layer in list_layers(unet)}, TIMES)
+
+
+def same(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A student that is the teacher."""
+    return unet
+
+
+def predicted(unet, batch):
+    return unet(batch.x, batch.t, encoder_hidden_states=batch.text).sample
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def test_stage_one_is_the_error_of_noise_and_features(lesson):
+    task = Teaching(ternary, replace(lesson, feature_weight=0.1))
+    found = task.loss(0, 4, seeded())
+    batch = task.draw(4, seeded())
+    with BlockFeatures(task.model) as learnt, BlockFeatures(task.teacher) as known:
+        noise = (predicted(task.model, batch) - predicted(task.teacher, batch)).square().mean()
+        features = feature_loss(learnt.taken, known.taken)
+    torch.testing.assert_close(found["noise"], noise)
+    torch.testing.assert_close(found["features"], features)
+    torch.testing.assert_close(found["loss"], noise + 0.1 * features)
+    found["loss"].backward()
+    assert all(p.grad is not None for p in task.model.parameters())
+    assert all(p.grad is None for p in task.teacher.parameters())
+
+
+def test_without_features_only_the_noise_counts(lesson):
+    found = Teaching(ternary, replace(lesson, feature_weight=0.0)).loss(0, 4, seeded())
+    assert found.keys() == {"loss", "noise"} and torch.equal(found["loss"], found["noise"])
+
+
+def test_the_teacher_itself_has_nothing_to_learn(lesson):
+    for objective in ("distillation", "guided"):
+        assert (
+            float(
+                Teaching(same, replace(lesson, objective=objective)).loss(0, 4, seeded())["loss"]
+            )
+            == 0
+        )
+
+
+def test_stage_two_is_the_error_of_the_noise_that_was_added(lesson):
+    task = Teaching(ternary, replace(lesson, objective="noise"))
+    batch = task.draw(4, seeded())
+    wanted = (predicted(task.model, batch) - batch.noise).square().mean()
+    torch.testing.assert_close(task.loss(0, 4, seeded())["loss"], wanted)
+
+
+def test_guided_noise_is_that_of_sampling(lesson):
+    task = Teaching(ternary, replace(lesson, objective="guided", guidance=3.0, dropped=0.0))
+    batch = task.draw(2, seeded())
+    empty = replace(batch, text=task.encode([""]).expand_as(batch.text))
+    guided = [
+        predicted(unet, empty) + 3.0 * (predicted(unet, batch) - predicted(unet, empty))
+        for unet in (task.model, task.teacher)
+    ]
+    wanted = (guided[0] - guided[1]).square().mean()
+    torch.testing.assert_close(task.loss(0, 2, seeded())["loss"], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_noised_latents_are_those_of_the_schedule(lesson):
+    task = Teaching(same, replace(lesson, density=tuple(beta(3.0).tolist())))
+    batch = task.draw(500, seeded())
+    assert (batch.t.double().mean() / 1000).item() == pytest.approx(0.75, abs=0.01)
+    a = task.alphas[batch.t].view(-1, 1, 1, 1)
+    clean = (batch.x - (1 - a).sqrt() * batch.noise) / a.sqrt()
+    latents, _ = task.examples.draw(500, seeded())
+    early = batch.t < 700  # later, the division makes much of rounding
+    torch.testing.assert_close(clean[early], latents[early], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.1, 1.0])
+def test_so_many_captions_are_dropped(lesson, dropped):
+    task = Teaching(same, replace(lesson, dropped=dropped))
+    batch = task.draw(1000, seeded())
+    empty = (batch.text == task.encode([""])).flatten(1).all(dim=1)
+    assert empty.float().mean().item() == pytest.approx(dropped, abs=0.02)
+
+
+def test_a_student_learns_and_goes_on_from_where_it_was(lesson, tmp_path):
+    plan = Plan(steps=40, batch=8, lr=2e-3, warmup=5, weight_decay=0.0, ema=0.9, save_every=20)
+    fit(partial(Teaching, ternary, lesson), plan, tmp_path / "one")
+    before = Teaching(ternary, lesson)
+    after = Teaching(ternary, lesson, start=tmp_path / "one")
+    with torch.no_grad():
+        first, second = (float(task.loss(0, 64, seeded())["loss"]) for task in (before, after))
+    assert second < 0.8 * first
+    again = load_ema(ternary(before.teacher), tmp_path / "one")
+    for a, b in zip(again.parameters(), after.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_impossible_lessons_are_refused(lesson):
+    for wrong in (
+        {"objective": "magic"},
+        {"dropped": 1.5},
+        {"feature_weight": -1},
+        {"guidance": 0},
+    ):
+        with pytest.raises(ValueError, match="objective|impossible"):
+            replace(lesson, **wrong)
