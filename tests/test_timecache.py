@@ -114,6 +114,18 @@ def test_a_step_that_is_not_cached_is_an_error_that_says_what_to_do():
         torch.testing.assert_close(evaluated(unet, t), evaluated(full, t), rtol=1e-5, atol=1e-6)
 
 
+def test_some_time_steps_are_taken_from_a_cache():
+    known = time_features(toy_unet(), range(0, 1000, 100))
+    some, wanted = known.at([700, 0, 700]), time_features(toy_unet(), [0, 700])
+    assert torch.equal(some.timesteps, wanted.timesteps)
+    assert all(torch.equal(v, wanted.features[name]) for name, v in some.features.items())
+    with pytest.raises(UncachedStep, match="time-steps 50 are not"):
+        known.at([0, 50])
+    many = time_features(toy_unet(), range(60))
+    with pytest.raises(UncachedStep, match=r"has 60: 0, 1.* 49, \.\.\.\. To add"):
+        many.at([999])
+
+
 def test_half_precision_is_the_default_and_close():
     unet = toy_unet()
     known = cache_time_features_(unet, [10, 600])
