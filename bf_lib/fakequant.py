@@ -23,8 +23,9 @@ a zero (half-shifted) have their codes at odd halves.
 __all__ = [
     "FakeQuantized",
     "attach_fake_quantizer_",
+    "balanced",
+    "bake_weights_",
     "fake_quantizers",
-    "remove_fake_quantizers_",
 ]
 
 import torch
@@ -113,23 +114,28 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
-def attach_fake_quantizer_(
-    layer: nn.Module, levels: int, scale: Tensor | None = None
-) -> FakeQuantized:
+def balanced(scale: Tensor, levels: int) -> FakeQuantized:
+    """Returns what rounds a weight to a balanced grid.
+
+    Arguments:
+        scale: Where the scale of each output channel starts, with shape (out, 1, ...).
+        levels: The number of levels; odd, at least 3.
+    """
+    bound = int(balanced_codes(levels)[-1])
+    return FakeQuantized(scale, -bound, bound)
+
+
+def attach_fake_quantizer_(layer: nn.Module, levels: int) -> FakeQuantized:
     """Makes a layer compute with its rounded weight, the class of the layer staying what it is.
 
     Arguments:
         layer: A convolution or linear layer.
         levels: The number of levels of its balanced grid; odd, at least 3.
-        scale: Where the scales start, with shape (out, 1, ...); by default the alternating ones
-            (Eq. 5).
 
     Returns:
-        What holds the scales.
+        What holds the scales, which start from the alternating ones (Eq. 5).
     """
-    scale = alternating_scale(layer.weight.detach(), levels) if scale is None else scale
-    bound = int(balanced_codes(levels)[-1])
-    quantizer = FakeQuantized(scale, -bound, bound)
+    quantizer = balanced(alternating_scale(layer.weight.detach(), levels), levels)
     parametrize.register_parametrization(layer, "weight", quantizer)
     return quantizer
 
@@ -143,17 +149,16 @@ def fake_quantizers(unet: nn.Module) -> dict[str, FakeQuantized]:
     }
 
 
-def remove_fake_quantizers_(unet: nn.Module) -> None:
-    """Makes layers ordinary again, with the rounded weights as their weights.
+def bake_weights_(unet: nn.Module) -> None:
+    """Makes layers with parametrized weights ordinary: their weights are what they compute with.
 
     Not with `remove_parametrizations`: that deletes the weight from the class of the layer, which
     copies of it share, so that of a model and its copy the other would have none.
     """
-    for name in fake_quantizers(unet):
-        layer = unet.get_submodule(name)
-        weight = nn.Parameter(
-            layer.weight.detach(), layer.parametrizations.weight.original.requires_grad
-        )
-        del layer.parametrizations
-        layer.__class__ = type(layer).__bases__[0]
-        layer.weight = weight
+    for layer in unet.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            trained = layer.parametrizations.weight.original.requires_grad
+            weight = nn.Parameter(layer.weight.detach(), trained)
+            del layer.parametrizations
+            layer.__class__ = type(layer).__bases__[0]
+            layer.weight = weight

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bf_lib.checkpoint_files import checked
 from bf_lib.diffusers_quantizer import BitsFusionQuantizer, first_header
-from bf_lib.fakequant import fake_quantizers, remove_fake_quantizers_
+from bf_lib.fakequant import bake_weights_, fake_quantizers
 from bf_lib.packed_config import BitsFusionConfig
 from bf_lib.packed_layers import Room, pack_layer_, packed_layers, set_residency
 from bf_lib.packed_model import PackedModel, packed_class
@@ -95,7 +95,7 @@ def pack_student(
     """
     unet = copy.deepcopy(student).requires_grad_(False)
     scales = {name: quantizer.scale for name, quantizer in fake_quantizers(unet).items()}
-    remove_fake_quantizers_(unet)
+    bake_weights_(unet)
     if timesteps is not None:
         install_time_features_(unet, cached_time_features(unet).at(timesteps))
     pack_(unet, BitsFusionConfig(student.recipe, compress=compress, source=source), scales)

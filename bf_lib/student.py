@@ -1,25 +1,27 @@
 """Students: UNets whose rounded weights are trained."""
 
-__all__ = ["quantize"]
+__all__ = ["quantize", "with_parametrized_weights"]
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from bf_lib.fakequant import attach_fake_quantizer_
+from bf_lib.fakequant import balanced
 from bf_lib.packed_weights import SCALES
 from bf_lib.recipe import Recipe
 from bf_lib.timecache import cache_time_features_
 
 TRAINED_AT = range(1000)  # the time-steps of SD's noise schedule
+Timesteps = Iterable[float] | Tensor | None
 
 
 def quantize(
     unet: UNet2DConditionModel,
     recipe: Recipe | Mapping[str, int],
-    timesteps: Iterable[float] | Tensor | None = TRAINED_AT,
+    timesteps: Timesteps = TRAINED_AT,
     scales: str = "alternating",
 ) -> UNet2DConditionModel:
     """Returns a trainable copy of a UNet that computes with rounded weights (BitsFusion, §4.1).
@@ -45,15 +47,41 @@ def quantize(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
     recipe.check(unet)
+
+    def rounded(name: str, weight: Tensor) -> nn.Module:
+        levels = recipe.levels[name]
+        return balanced(SCALES[scales](weight, levels), levels)
+
+    student = with_parametrized_weights(unet, recipe.levels, rounded, timesteps)
+    student.recipe = recipe
+    return student
+
+
+def with_parametrized_weights(
+    unet: UNet2DConditionModel,
+    layers: Iterable[str],
+    parametrization: Callable[[str, Tensor], nn.Module],
+    timesteps: Timesteps = TRAINED_AT,
+) -> UNet2DConditionModel:
+    """Returns a trainable copy of a UNet, some of whose weights are what a module makes of them.
+
+    Arguments:
+        unet: The original.
+        layers: The names of the layers.
+        parametrization: Makes such a module from the name of a layer and its weight.
+        timesteps: As in `quantize`.
+
+    Raises:
+        ValueError: If one cannot be made of a weight; it says which layer it is.
+    """
     student = copy.deepcopy(unet).float().requires_grad_(True)
     if timesteps is not None:
         cache_time_features_(student, timesteps)
-    for name, levels in recipe.levels.items():
+    for name in layers:
         layer = student.get_submodule(name)
         try:
-            scale = SCALES[scales](layer.weight.detach(), levels)
+            module = parametrization(name, layer.weight.detach())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        attach_fake_quantizer_(layer, levels, scale)
-    student.recipe = recipe
+        parametrize.register_parametrization(layer, "weight", module)
     return student

@@ -10,8 +10,8 @@ from toys import toy_unet
 from bf_lib.fakequant import (
     FakeQuantized,
     attach_fake_quantizer_,
+    bake_weights_,
     fake_quantizers,
-    remove_fake_quantizers_,
 )
 from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.layers import get_layer
@@ -102,7 +102,7 @@ def test_a_layer_stays_what_it_is(name):
     wanted = fake_quantize(weight, quantizer.scale, 3)
     assert torch.equal(layer.weight, wanted)
     assert get_layer(unet, name) is layer
-    remove_fake_quantizers_(unet)
+    bake_weights_(unet)
     assert type(layer) is kind and torch.equal(layer.weight, wanted)
     assert fake_quantizers(unet) == {} and isinstance(layer.weight, nn.Parameter)
 
@@ -111,7 +111,7 @@ def test_a_copy_loses_its_quantizers_and_the_model_keeps_them():
     unet = toy_unet()
     quantizer = attach_fake_quantizer_(get_layer(unet, CONV), 3)
     copied = copy.deepcopy(unet)
-    remove_fake_quantizers_(copied)
+    bake_weights_(copied)
     assert fake_quantizers(copied) == {} and fake_quantizers(unet) == {CONV: quantizer}
     assert torch.equal(get_layer(copied, CONV).weight, get_layer(unet, CONV).weight)
 
