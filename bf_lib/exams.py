@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from bf_lib import trials
@@ -77,14 +77,19 @@ class Bench(trials.Bench):
             CheckpointError: If the checkpoint is damaged.
             ValueError: If it is not the one that the exam was made for, or an image is NaN.
         """
+        if task.folder is None:
+            return self.examined(self.images.pipe.unet, task)
+        if folder_digest(Path(task.folder)) != task.digest:
+            raise ValueError(f"{task.folder} was changed since the exam was made")
+        dtype = self.images.pipe.unet.dtype
+        return self.examined(load_packed(task.folder, "dense", torch_dtype=dtype), task)
+
+    def examined(self, unet: UNet2DConditionModel, task: Student) -> dict:
+        """Returns the row of a UNet in place of that of the model."""
         pipe = self.images.pipe
         full, self.recipes[task.name] = pipe.unet, {}  # nothing of it is quantized any more
         try:
-            if task.folder is not None:
-                if folder_digest(Path(task.folder)) != task.digest:
-                    raise ValueError(f"{task.folder} was changed since the exam was made")
-                student = load_packed(task.folder, "dense", torch_dtype=full.dtype)
-                pipe.unet = student.to(full.device)
+            pipe.unet = unet.to(full.device)
             return super().score(task)
         finally:
             pipe.unet = full

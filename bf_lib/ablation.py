@@ -1,0 +1,290 @@
+"""The ablation: a file for each finished row and seed, made in the pieces that a night allows.
+
+    python -m bf_lib.ablation            # goes on with what is left
+    python -m bf_lib.ablation --list     # says what is done and what is left
+
+Each process teaches and examines a row by itself, with one thread, since that is faster than to
+share a row. A row that was killed goes on from its last checkpoint. A finished one is a JSON file
+with all that was found for each prompt, and with the settings that it was made with: it is done as
+long as these are those of the row, whatever else changed.
+"""
+
+__all__ = ["Ablation", "record_of", "state_of"]
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from bf_lib import recipe_study
+from bf_lib.allocation import extended
+from bf_lib.artifacts import load_table
+from bf_lib.atomic import write_atomically
+from bf_lib.curriculum import Row, Setting, ablation_rows
+from bf_lib.evaluation import challenges
+from bf_lib.examples import scene_examples
+from bf_lib.exams import Bench, Exam, Student
+from bf_lib.fakequant import bake_weights_
+from bf_lib.layers import list_layers
+from bf_lib.models import load_pipeline
+from bf_lib.paths import ROOT, runs_folder
+from bf_lib.processes import end_with_parent, make_deterministic
+from bf_lib.progress import duration
+from bf_lib.provenance import versions
+from bf_lib.recipe import Recipe
+from bf_lib.recipe_study import Choices, by_optimum, by_rule, error_table
+from bf_lib.sampling import Sampler
+from bf_lib.sensitivity.sweep import Sweep
+from bf_lib.sizes import size_report
+from bf_lib.teaching import Teaching
+from bf_lib.timecache import cached_time_features, install_time_features_, sampling_steps
+from bf_lib.training import load_ema, train
+
+DIGITS = 6  # that are kept of a number
+SPREAD = 0.5  # of the way from the size of 3 levels to that of 5, which is that of "mixed"
+SETTINGS = {
+    "mini": Setting(),
+    "smoke": Setting(
+        scenes=8,
+        steps=1,
+        more_steps=1,
+        batch=2,
+        asked=(1, 200),
+        sampler=Sampler(steps=2, guidance=4.0, batch=2),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Rows in a setting, and where they are kept."""
+
+    setting: Setting
+    rows: tuple[Row, ...]
+    folder: Path  # of finished rows
+    work: Path  # of what is not finished: examples, checkpoints
+
+    def tasks(self) -> list[tuple[Row, int]]:
+        """Lists rows and seeds; the first seed of all rows comes before the second of any."""
+        seeds = sorted({seed for row in self.rows for seed in row.seeds})
+        return [(row, seed) for seed in seeds for row in self.rows if seed in row.seeds]
+
+    def file(self, row: Row, seed: int) -> Path:
+        """Returns where a finished row is, or will be."""
+        name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name.lower())
+        return self.folder / f"{row.group.replace(' ', '-')}--{name.strip('-')}--{seed}.json"
+
+    def table(self) -> pd.DataFrame:
+        """Returns columns row, group, seed, state ("done", "left" or "of other settings")."""
+        return pd.DataFrame(
+            {"row": row.name, "group": row.group, "seed": seed, "state": state_of(self, row, seed)}
+            for row, seed in self.tasks()
+        )
+
+    def run(self, workers: int = 2) -> Iterator[tuple[Row, int, float]]:
+        """Makes the rows that are left; yields each, and its minutes, as soon as it is on file."""
+        left = [(r, s) for r, s in self.tasks() if state_of(self, r, s) != "done"]
+        if not left:
+            return
+        scene_examples(self.setting.model, self.setting.scenes, self.work, processes=workers)
+        context = get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context.set_forkserver_preload([__name__])
+        with ProcessPoolExecutor(workers, context, _start, (self,)) as pool:
+            futures = {pool.submit(_make, row, seed): (row, seed) for row, seed in left}
+            for future in as_completed(futures):
+                yield (*futures[future], future.result())
+
+
+def settings_of(ablation: Ablation, row: Row, seed: int) -> dict:
+    """Returns what a row was, or is to be, made with; long lists by their digests."""
+    said = {"setting": asdict(ablation.setting), "row": asdict(row), "seed": seed}
+    del said["row"]["seeds"]
+    return json.loads(json.dumps(_shortened(said)))
+
+
+def _shortened(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _shortened(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        if len(value) > 100:
+            return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+        return [_shortened(item) for item in value]
+    return value
+
+
+def state_of(ablation: Ablation, row: Row, seed: int) -> str:
+    """Returns "done", "left", or "of other settings" for a file that is none of this row."""
+    file = ablation.file(row, seed)
+    if not file.exists():
+        return "left"
+    same = json.loads(file.read_text())["settings"] == settings_of(ablation, row, seed)
+    return "done" if same else "of other settings"
+
+
+def record_of(ablation: Ablation, row: Row, seed: int) -> dict:
+    """Reads a finished row."""
+    return json.loads(ablation.file(row, seed).read_text())
+
+
+# ---- what processes do
+
+
+_process: tuple[Ablation, Bench] | None = None
+
+
+def _start(ablation: Ablation) -> None:
+    global _process
+    end_with_parent()
+    make_deterministic(1)
+    _process = ablation, exam_of(ablation.setting).bench(load_pipeline(ablation.setting.model))
+
+
+def exam_of(setting: Setting, students: Sequence[Student] = ()) -> Exam:
+    """Returns the exam that all rows take."""
+    prompts = tuple(challenge.prompt for challenge in challenges(*setting.asked))
+    seeds = tuple(range(len(prompts)))
+    sweep = Sweep(setting.model, prompts, seeds, setting.sampler)
+    return Exam(sweep, (), setting.asked, tuple(students))
+
+
+def _make(row: Row, seed: int) -> float:
+    """Teaches and examines a row, and writes its file; returns the minutes that it took."""
+    ablation, bench = _process
+    started = time.monotonic()
+    student = taught(ablation, row, seed)
+    steps = sampling_steps(bench.images.pipe.scheduler, ablation.setting.sampler.steps)
+    found = bench.examined(as_stored(student, steps), Student(row.name))
+    size = row.form.size(bench.images.pipe.unet, len(steps))
+    minutes = (time.monotonic() - started) / 60
+    record = {
+        "settings": settings_of(ablation, row, seed),
+        "stored_mb": size.stored_bytes / 1e6,
+        "stored_bits": size.stored_bits,
+        "paper_bits": size.paper_bits,
+        "minutes": round(minutes, 1),
+        "versions": versions(),
+        "found": {name: _rounded(value) for name, value in found.items()},
+    }
+    write_atomically(ablation.file(row, seed), json.dumps(record).encode())
+    return minutes
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, list) and value and isinstance(value[0], float):
+        return [float(f"{item:.{DIGITS}g}") for item in value]
+    return value
+
+
+def taught(ablation: Ablation, row: Row, seed: int) -> UNet2DConditionModel:
+    """Returns the student of a row after its stages, with averaged weights."""
+    setting, start = ablation.setting, None
+    examples = next(ablation.work.glob(f"scenes-0-{setting.scenes}-*.safetensors"))
+    for number, stage in enumerate(row.stages, 1):
+        folder = ablation.work / ablation.file(row, seed).stem / f"stage{number}"
+        lesson = stage.lesson(setting, examples)
+
+        def make(lesson: object = lesson, start: Path | None = start) -> Teaching:
+            return Teaching(row.form, lesson, start)
+
+        train(make, stage.plan(setting, seed), folder)
+        start = folder
+    torch.manual_seed(seed)  # as in training, for forms that begin with random numbers
+    student = row.form(load_pipeline(setting.model).unet)
+    return student if start is None else load_ema(student, start)
+
+
+@torch.no_grad()
+def as_stored(student: nn.Module, steps: torch.Tensor) -> nn.Module:
+    """Makes a student an ordinary UNet, in place, with all numbers as they are stored.
+
+    Arguments:
+        student: A student of any form.
+        steps: The time-steps whose features are kept, if they are cached.
+    """
+    coded = {
+        f"{name}.weight"
+        for name, layer in student.named_modules()
+        if hasattr(layer, "parametrizations")
+    }
+    bake_weights_(student)
+    known = cached_time_features(student)
+    if known is not None:
+        install_time_features_(student, known.at(steps))
+    for name, value in student.named_parameters():
+        if name not in coded:
+            value.copy_(value.half())
+    return student.requires_grad_(False).eval()
+
+
+# ---- the ablation of the study
+
+
+def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
+    """Returns the recipes of the ablation, from what notebook 03 found of each layer of `mini`.
+
+    Arguments:
+        unet: The UNet.
+        steps: How many time-steps' features are stored.
+    """
+    folder = runs_folder("mini", "03_sensitivity")
+    layers = list_layers(unet)
+    weight_errors = recipe_study.weight_error_table(unet, layers)
+
+    def choices(table: str, column: str) -> Choices:
+        errors = error_table(load_table(folder / f"{table}.csv"), column, layers)
+        return Choices.of(unet, layers, extended(errors, weight_errors), steps)
+
+    estimated, swept = choices("estimated", "score"), choices("sensitivity", "mse")
+    same = {str(n): recipe_study.uniform(estimated, n) for n in (3, 5)}
+    sizes = {name: size_report(unet, recipe, steps).stored_bytes for name, recipe in same.items()}
+    target = round(sizes["3"] + SPREAD * (sizes["5"] - sizes["3"]))
+    return same | {
+        "mixed": by_optimum(estimated, target)[0],
+        "mixed as large as 5": by_optimum(estimated, sizes["5"])[0],
+        **{f"eta {eta:g}": by_rule(swept, target, eta) for eta in (0.0, 0.3, 0.5)},
+    }
+
+
+def study_ablation(preset: str, setting: Setting) -> Ablation:
+    """Returns the ablation of a preset."""
+    pipe = load_pipeline(setting.model)
+    steps = len(sampling_steps(pipe.scheduler, setting.sampler.steps))
+    rows = ablation_rows(study_recipes(pipe.unet, steps))
+    work = ROOT / "build" / preset / "ablation"
+    return Ablation(setting, tuple(rows), ROOT / "data" / "ablation" / preset, work)
+
+
+def main() -> int:
+    """Makes what is left, or lists it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=sorted(SETTINGS), default="mini")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="say what is done and what is left")
+    given = parser.parse_args()
+    ablation = study_ablation(given.preset, SETTINGS[given.preset])
+    table = ablation.table()
+    print(table.to_string(index=False) if given.list else table.state.value_counts().to_string())
+    if given.list:
+        return 0
+    left, minutes = int((table.state != "done").sum()), 0.0
+    for done, (row, seed, took) in enumerate(ablation.run(given.workers), 1):
+        minutes += took
+        rest = (left - done) * minutes / done / given.workers
+        more = f"{left - done} left, about {duration(60 * rest)}"
+        print(f"{row.name}, seed {seed}: {took:.1f} min; {more}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The ablation: files of finished rows, what is left, and rows of other settings."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bf_lib import ablation as module
+from bf_lib.ablation import SETTINGS, Ablation, as_stored, record_of, state_of
+from bf_lib.curriculum import Row, Stage, ablation_rows
+from bf_lib.forms import Form
+from bf_lib.layers import list_layers
+from bf_lib.models import load_pipeline
+from bf_lib.packed_unets import pack_student
+from bf_lib.recipe import Recipe
+from bf_lib.student import quantize
+
+NAMES = ["mixed", "3", "5", "mixed as large as 5", "eta 0", "eta 0.3", "eta 0.5"]
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return load_pipeline("mini").unet
+
+
+@pytest.fixture(scope="module")
+def nine(unet):
+    return Form(levels=tuple((layer.name, 9) for layer in list_layers(unet)))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, nine):
+    """Three rows, finished by two processes."""
+    folder = tmp_path_factory.mktemp("ablation")
+    rows = (
+        Row(name="not trained", group="control", form=nine, seeds=(0,)),
+        Row(
+            name="+ Stage II",
+            group="paper",
+            form=nine,
+            stages=(Stage(), Stage(objective="noise")),
+            seeds=(0,),
+        ),
+        Row(
+            name="palettes",
+            group="baseline",
+            form=Form(kind="palette"),
+            stages=(Stage(),),
+            seeds=(0,),
+        ),
+    )
+    made = Ablation(SETTINGS["smoke"], rows, folder / "rows", folder / "work")
+    assert set(made.table().state) == {"left"}
+    done = [row.name for row, _, _ in made.run(workers=2)]
+    assert sorted(done) == ["+ Stage II", "not trained", "palettes"]
+    return made
+
+
+def test_finished_rows_are_files_and_are_not_repeated(small):
+    assert set(small.table().state) == {"done"}
+    files = {file.name: file.stat().st_mtime_ns for file in small.folder.iterdir()}
+    assert sorted(files) == [
+        "baseline--palettes--0.json",
+        "control--not-trained--0.json",
+        "paper--stage-ii--0.json",
+    ]
+    assert list(small.run()) == []
+    assert files == {file.name: file.stat().st_mtime_ns for file in small.folder.iterdir()}
+
+
+def test_rows_hold_what_was_found_for_each_prompt(small):
+    for row in small.rows:
+        record = record_of(small, row, 0)
+        found = record["found"]
+        assert all(len(found[score]) == 6 for score in ("mse", "clip", "passed", "perceptual"))
+        assert np.isfinite(found["mse"]).all() and min(found["mse"]) > 0
+        assert 0 < record["paper_bits"] < record["stored_bits"] < 5
+        assert json.dumps(record["settings"]).count(",") < 200  # recipes are there by digest
+
+
+def test_training_changes_a_student(small):
+    before, after = (record_of(small, row, 0)["found"]["mse"] for row in small.rows[:2])
+    assert before != after
+
+
+def test_a_row_of_other_settings_is_not_done(small, nine):
+    row = small.rows[1]
+    for other in (
+        replace(small, setting=replace(small.setting, lr=1e-3)),
+        replace(small, rows=(replace(row, stages=row.stages[:1]),)),
+        replace(small, rows=(replace(row, form=replace(nine, scales="minmax")),)),
+    ):
+        changed = next(r for r in other.rows if r.name == row.name)
+        assert state_of(other, changed, 0) == "of other settings"
+    assert state_of(small, row, 1) == "left"
+
+
+def test_what_is_examined_is_what_is_packed(unet, nine):
+    """An ordinary UNet of the stored numbers, and the packed one, compute the same."""
+    student = quantize(unet, dict(nine.levels), [100, 500, 900])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter *= 1.001  # so that not all are numbers of float16
+        packed = pack_student(student, [500])
+        plain = as_stored(student, torch.tensor([500.0]))
+        generator = torch.Generator().manual_seed(0)
+        x, text = (
+            torch.randn(1, 4, 16, 16, generator=generator),
+            torch.randn(1, 24, 96, generator=generator),
+        )
+        outputs = [u(x, 500, encoder_hidden_states=text).sample for u in (packed, plain)]
+    assert torch.equal(*outputs)
+
+
+def test_the_study_has_the_rows_of_the_paper_with_three_seeds(unet):
+    recipes = {name: Recipe({layer.name: 3 for layer in list_layers(unet)}) for name in NAMES}
+    rows = ablation_rows(recipes)
+    assert [row.name for row in rows][:3] == ["QAT-Base", "+ balance", "+ alternating scales"]
+    assert len({row.name for row in rows}) == len(rows)
+    assert all(row.seeds == (0, 1, 2) for row in rows if row.stages and row.group != "one seed")
+    made = Ablation(SETTINGS["mini"], tuple(rows), module.ROOT, module.ROOT)
+    assert len({made.file(row, seed) for row, seed in made.tasks()}) == len(made.tasks())
+    seeds = [seed for _, seed in made.tasks()]
+    assert seeds == sorted(seeds)
