@@ -29,6 +29,7 @@ class Setting:
     batch: int = 16
     lr: float = 5e-4
     scale_rate: float = 1.0  # learning rate of scales, times the others'
+    relative: bool = True  # whether features of a block count relative to the teacher's
     asked: tuple[int, int] = (128, 200)  # challenges of each task, and their seed
     sampler: Sampler = Sampler(steps=8, guidance=4.0, batch=16)
 
@@ -66,6 +67,7 @@ class Stage:
             density=self.density,
             objective=self.objective,
             feature_weight=self.feature_weight,
+            relative=setting.relative,
             dropped=self.dropped,
             guidance=setting.sampler.guidance,
         )

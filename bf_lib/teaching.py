@@ -10,7 +10,7 @@ ten is left out. On z_t and t,
   2023, https://arxiv.org/abs/2310.03270): both predict with and without the caption.
 """
 
-__all__ = ["OBJECTIVES", "Lesson", "Teaching"]
+__all__ = ["OBJECTIVES", "Batch", "Lesson", "Teaching", "predicted"]
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -87,12 +87,19 @@ class Teaching:
         self.density = torch.tensor(lesson.density, dtype=torch.float64)
         self.alphas = self.pipe.scheduler.alphas_cumprod.to(self.device)
 
-    def draw(self, size: int, generator: torch.Generator) -> Batch:
-        """Draws a batch; all random numbers are drawn on the CPU, so that all devices agree."""
+    def draw(self, size: int, generator: torch.Generator, t: Tensor | None = None) -> Batch:
+        """Draws a batch; all random numbers are drawn on the CPU, so that all devices agree.
+
+        Arguments:
+            size: How many samples.
+            generator: Where they are drawn from.
+            t: Their time-steps, with shape (size,); by default drawn from the lesson's density.
+        """
         latents, captions = self.examples.draw(size, generator)
         dropped = torch.rand(size, generator=generator) < self.lesson.dropped
         texts = ["" if gone else c for gone, c in zip(dropped.tolist(), captions, strict=True)]
-        t = draw_times(self.density, size, generator).to(self.device)
+        t = draw_times(self.density, size, generator) if t is None else t
+        t = t.to(self.device)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         a = self.alphas[t].view(-1, 1, 1, 1)
         x = a.sqrt() * latents.to(self.device) + (1 - a).sqrt() * noise
@@ -107,7 +114,7 @@ class Teaching:
         """Returns the loss of a batch, by the lesson's objective, and its parts."""
         batch = self.draw(size, generator)
         if self.lesson.objective == "noise":
-            mse = noise_loss(_predicted(self.model, batch), batch.noise)
+            mse = noise_loss(predicted(self.model, batch), batch.noise)
             return {"loss": mse, "noise": mse}
         if self.lesson.objective == "guided":
             empty = self.encode([""]).expand_as(batch.text)
@@ -117,8 +124,8 @@ class Teaching:
                 batch.noise,
             )
             with torch.no_grad():
-                wanted = self._guided(_predicted(self.teacher, both))
-            mse = noise_loss(self._guided(_predicted(self.model, both)), wanted)
+                wanted = self._guided(predicted(self.teacher, both))
+            mse = noise_loss(self._guided(predicted(self.model, both)), wanted)
             return {"loss": mse, "noise": mse}
         return self._distillation(batch)
 
@@ -129,8 +136,8 @@ class Teaching:
             BlockFeatures(self.model) if with_features else nullcontext() as learnt,
         ):
             with torch.no_grad():
-                wanted = _predicted(self.teacher, batch)
-            mse = noise_loss(_predicted(self.model, batch), wanted)
+                wanted = predicted(self.teacher, batch)
+            mse = noise_loss(predicted(self.model, batch), wanted)
             if not with_features:
                 return {"loss": mse, "noise": mse}
             features = feature_loss(learnt.taken, known.taken, self.lesson.relative)
@@ -142,5 +149,6 @@ class Teaching:
         return unconditional + self.lesson.guidance * (conditional - unconditional)
 
 
-def _predicted(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
+def predicted(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
+    """Returns the noise that a UNet predicts of a batch, with shape (n, c, h, w)."""
     return unet(batch.x, batch.t, encoder_hidden_states=batch.text, return_dict=False)[0]

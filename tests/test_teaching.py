@@ -5,57 +5,17 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from toys import toy_pipeline
+from lessons import same, seeded, ternary, toy_lesson
 
 from bf_lib.distillation import BlockFeatures, feature_loss
-from bf_lib.examples import Examples
-from bf_lib.layers import list_layers
-from bf_lib.student import quantize
-from bf_lib.teaching import Lesson, Teaching
+from bf_lib.teaching import Teaching, predicted
 from bf_lib.times import beta
 from bf_lib.training import Plan, fit, load_ema
 
-TIMES = list(range(50, 1000, 100))  # the students have features of
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A pipeline, and examples of it."""
-    folder = tmp_path_factory.mktemp("model")
-    toy_pipeline().save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    moments = torch.randn(6, 8, 8, 8, generator=generator) * torch.tensor(
-        [1.0, 0.1]
-    ).repeat_interleave(4).view(1, 8, 1, 1)
-    captions = tuple((f"caption {letter}",) for letter in "abcdef")
-    Examples(moments.half(), captions, 0.8).save(folder / "examples.safetensors")
-    return folder
-
-
-@pytest.fixture
-def lesson(folder):
-    density = torch.zeros(1000)
-    density[TIMES] = 1 / len(TIMES)
-    density = tuple(density.tolist())
-    return Lesson(model=folder, examples=folder / "examples.safetensors", density=density)
-
-
-def ternary(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    return quantize(unet, {layer.name: 3 for layer in list_layers(unet)}, TIMES)
-
-
-def same(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A student that is the teacher."""
-    return unet
-
-
-def predicted(unet, batch):
-    return unet(batch.x, batch.t, encoder_hidden_states=batch.text).sample
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
+def lesson(tmp_path_factory):
+    return toy_lesson(tmp_path_factory.mktemp("model"))
 
 
 def test_stage_one_is_the_error_of_noise_and_features(lesson):
