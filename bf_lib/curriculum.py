@@ -109,6 +109,7 @@ def ablation_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
         "+ Stage II": (mixed, (first, second)),
     }
     controls = {
+        "full precision": (Form(kind="full"), ()),
         "not trained": (mixed, ()),
         "Stage I as long as both": (mixed, (replace(first, share=1.5),)),
         "plain, 4 levels": (replace(plain, scales="alternating", cached=True), (first,)),

@@ -9,6 +9,7 @@ import torch
 
 from bf_lib import ablation as module
 from bf_lib.ablation import SETTINGS, Ablation, as_stored, record_of, state_of
+from bf_lib.ablation_study import finished, row_table
 from bf_lib.curriculum import Row, Stage, ablation_rows
 from bf_lib.forms import Form
 from bf_lib.layers import list_layers
@@ -124,3 +125,13 @@ def test_the_study_has_the_rows_of_the_paper_with_three_seeds(unet):
     assert len({made.file(row, seed) for row, seed in made.tasks()}) == len(made.tasks())
     seeds = [seed for _, seed in made.tasks()]
     assert seeds == sorted(seeds)
+
+
+def test_finished_rows_are_read(small):
+    rows = finished(small)
+    assert list(rows) == ["not trained", "+ Stage II", "palettes"]
+    assert all(values.shape == (1, 6) for row in rows.values() for values in row.scores.values())
+    table = row_table(rows)
+    assert (
+        len(table) == 9 and (table.low <= table.value).all() and (table.value <= table.high).all()
+    )

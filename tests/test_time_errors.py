@@ -17,7 +17,9 @@ def lesson(tmp_path_factory):
 
 def test_the_teacher_has_no_error(lesson):
     rows = errors_over_time(Teaching(same, lesson), TIMES[:3], count=4)
-    assert rows.t.tolist() == TIMES[:3] and (rows[["noise_mse", "latent_mse"]] == 0).to_numpy().all()
+    assert (
+        rows.t.tolist() == TIMES[:3] and (rows[["noise_mse", "latent_mse"]] == 0).to_numpy().all()
+    )
 
 
 def test_errors_are_those_of_equation_nine(lesson):
