@@ -35,7 +35,8 @@ export PYTHONPATH           := $(CURDIR)
 # The kernel of this environment, and not one of the same name that the user has elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env mini card smoke reproduce figures verify speed sd15-shape fuzz render site test lint clean FORCE
+.PHONY: help env mini card smoke reproduce ablation ablation-left figures verify speed sd15-shape
+.PHONY: fuzz render site test lint clean FORCE
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -43,6 +44,8 @@ help:
 	@echo 'make reproduce   run the study and draw every figure    (PRESET=mini, or smoke, or sd15)'
 	@echo 'make test        lint, unit tests, and every notebook at PRESET=smoke'
 	@echo 'make smoke       make reproduce PRESET=smoke: a first look, in minutes'
+	@echo 'make ablation    teach and examine what is left of the ablation: a night, in any pieces'
+	@echo 'make ablation-left  list what is done of it and what is left'
 	@echo 'make figures     draw the committed figures again from the committed tables'
 	@echo 'make verify      compare what make reproduce got with what is committed'
 	@echo 'make speed       time the sweep beside a bare loop of UNet forwards'
@@ -144,6 +147,12 @@ verify: reproduce
 
 speed: $(READY)
 	@$(PY) -m bf_lib.speed --preset $(PRESET)
+
+ablation: $(READY)
+	@$(PY) -m bf_lib.ablation --preset $(PRESET)
+
+ablation-left: $(READY)
+	@$(PY) -m bf_lib.ablation --preset $(PRESET) --list
 
 sd15-shape: $(READY)
 	@$(PY) -m bf_lib.packed_study build/sd15_shape
