@@ -127,8 +127,8 @@ class PaperClaim:
     source: str
 
 
-# The gains of Table 4 are those of its means over four guidance scales; the mean of its last row is
-# .3193, not .3183 as printed.
+# The gains of Table 4 are those of its means over four guidance scales; that of its last row is
+# .3193, and not .3183 as printed.
 CLAIMS = (
     PaperClaim("balanced grids", "+ balance", "QAT-Base", 0.0257, "Table 4"),
     PaperClaim("alternating scales", "+ alternating scales", "+ balance", 0.0046, "Table 4"),

@@ -33,6 +33,7 @@ __all__ = [
     "steps_to_converge",
     "stored_by",
     "time_damage",
+    "time_errors",
     "time_map",
     "training_curves",
     "training_gain",
@@ -73,4 +74,4 @@ from bf_lib.plots.recipes import (
 )
 from bf_lib.plots.sensitivity import METRICS, layer_card, sensitivity_bars, sensitivity_by_role
 from bf_lib.plots.times import time_damage, time_map
-from bf_lib.plots.training import training_curves
+from bf_lib.plots.training import time_errors, training_curves

@@ -1,6 +1,6 @@
-"""Figures of notebook 90: training of the embedded model."""
+"""Figures of trainings: losses, and errors over time."""
 
-__all__ = ["training_curves"]
+__all__ = ["time_errors", "training_curves"]
 
 import math
 
@@ -24,4 +24,26 @@ def training_curves(**logs: pd.DataFrame) -> Figure:
         axis.set(title=name.replace("_", " "), xlabel="step", yscale="log")
     for axis in axes[:, 0]:
         axis.set_ylabel("loss")
+    return figure
+
+
+def time_errors(rows: pd.DataFrame, densities: dict[str, list[float]]) -> Figure:
+    """The error of students over time, and how often time-steps are trained on (Fig. 4).
+
+    Arguments:
+        rows: Columns student, t and latent_mse, as `time_errors.errors_over_time` returns the
+            latter two.
+        densities: Probabilities of equal stretches of time, by what they are called.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained")
+    for name, part in rows.groupby("student", sort=False):
+        left.plot(part.t, part.latent_mse, "o-", ms=3, label=name)
+    left.set(xlabel="time-step t", ylabel="squared error of latents", yscale="log")
+    for name, density in densities.items():
+        width = 1000 / len(density)
+        places = [(i + 0.5) * width for i in range(len(density))]
+        right.plot(places, [1000 * p / width for p in density], label=name)
+    right.set(xlabel="time-step t", ylabel="density, 1 if uniform", ylim=(0, None))
+    for axis in (left, right):
+        axis.legend(fontsize=7)
     return figure
