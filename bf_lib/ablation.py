@@ -52,7 +52,6 @@ from bf_lib.timecache import cached_time_features, install_time_features_, sampl
 from bf_lib.training import load_ema, train
 
 DIGITS = 6  # that are kept of a number
-SPREAD = 0.5  # of the way from the size of 3 levels to that of 5, which is that of "mixed"
 SETTINGS = {
     "mini": Setting(),
     "smoke": Setting(
@@ -231,7 +230,7 @@ def as_stored(student: nn.Module, steps: torch.Tensor) -> nn.Module:
 
 
 def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
-    """Returns the recipes of the ablation, from what notebook 03 found of each layer of `mini`.
+    """Returns the recipes of the ablation: notebook 06's for `mini`, and others of its size.
 
     Arguments:
         unet: The UNet.
@@ -248,9 +247,10 @@ def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
     estimated, swept = choices("estimated", "score"), choices("sensitivity", "mse")
     same = {str(n): recipe_study.uniform(estimated, n) for n in (3, 5)}
     sizes = {name: size_report(unet, recipe, steps).stored_bytes for name, recipe in same.items()}
-    target = round(sizes["3"] + SPREAD * (sizes["5"] - sizes["3"]))
+    mixed = Recipe.load(runs_folder("mini", "06_bit_allocation") / "recipe.json")
+    target = size_report(unet, mixed, steps).stored_bytes
     return same | {
-        "mixed": by_optimum(estimated, target)[0],
+        "mixed": mixed,
         "mixed as large as 5": by_optimum(estimated, sizes["5"])[0],
         **{f"eta {eta:g}": by_rule(swept, target, eta) for eta in (0.0, 0.3, 0.5)},
     }
