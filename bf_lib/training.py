@@ -184,9 +184,11 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
         optimizer.zero_grad(set_to_none=False)
         scalars["loss"].backward()
         _average_gradients(accelerator, params)
-        if not torch.isfinite(nn.utils.clip_grad_norm_(params, plan.clip)):
+        norm = nn.utils.get_total_norm([p.grad for p in params])
+        if not torch.isfinite(norm):  # before clipping, which would make all of them NaN
             where = _first_broken(task, step, plan.batch // world, seed, trained)
             raise TrainingFailed(f"the gradient is not finite at step {step}: {where}")
+        nn.utils.clip_grads_with_norm_(params, plan.clip, norm)
         optimizer.step()
         keep = min(plan.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - keep)
