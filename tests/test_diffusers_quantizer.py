@@ -245,6 +245,14 @@ def test_a_pipeline_holds_a_packed_unet(saved, tmp_path):
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
+def test_a_pipeline_names_the_method_by_part_and_not_by_backend():
+    """`quant_backend` is of methods that transformers knows too, which this is not."""
+    with pytest.raises(ValueError, match="quant_backend=bitsfusion was not found"):
+        PipelineQuantizationConfig(
+            quant_backend="bitsfusion", quant_kwargs={"recipe": Recipe(every(9))}
+        )
+
+
 def draw(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
