@@ -9,14 +9,14 @@ with all that was found for each prompt, and with the settings that it was made 
 long as these are those of the row, whatever else changed.
 """
 
-__all__ = ["Ablation", "record_of", "state_of"]
+__all__ = ["Ablation", "RowsFailed", "record_of", "state_of"]
 
 import argparse
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -49,7 +49,7 @@ from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.sizes import size_report
 from bf_lib.teaching import Teaching
 from bf_lib.timecache import cached_time_features, install_time_features_, sampling_steps
-from bf_lib.training import load_ema, train
+from bf_lib.training import TrainingFailed, load_ema, train
 
 DIGITS = 6  # that are kept of a number
 SETTINGS = {
@@ -63,6 +63,10 @@ SETTINGS = {
         sampler=Sampler(steps=2, guidance=4.0, batch=2),
     ),
 }
+
+
+class RowsFailed(RuntimeError):
+    """Rows have no result; says which, and why."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +96,33 @@ class Ablation:
         )
 
     def run(self, workers: int = 2) -> Iterator[tuple[Row, int, float]]:
-        """Makes the rows that are left; yields each, and its minutes, as soon as it is on file."""
+        """Makes the rows that are left; yields each, and its minutes, as soon as it is on file.
+
+        Raises:
+            RowsFailed: When all others are done, if rows have no result: a training that is not
+                finite any more, or images that are not.
+        """
         left = [(r, s) for r, s in self.tasks() if state_of(self, r, s) != "done"]
         if not left:
             return
         scene_examples(self.setting.model, self.setting.scenes, self.work, processes=workers)
         context = get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(workers, context, _start, (self,)) as pool:
+        pool, failed = ProcessPoolExecutor(workers, context, _start, (self,)), []
+        try:
             futures = {pool.submit(_make, row, seed): (row, seed) for row, seed in left}
             for future in as_completed(futures):
-                yield (*futures[future], future.result())
+                row, seed = futures[future]
+                try:
+                    minutes = future.result()
+                except (TrainingFailed, ValueError) as error:
+                    failed.append(f"{row.name}, seed {seed}: {error}")
+                else:
+                    yield row, seed, minutes
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if failed:
+            raise RowsFailed("\n".join([f"{len(failed)} rows have no result:", *failed]))
 
 
 def settings_of(ablation: Ablation, row: Row, seed: int) -> dict:
@@ -149,12 +169,12 @@ def _start(ablation: Ablation) -> None:
     _process = ablation, exam_of(ablation.setting).bench(load_pipeline(ablation.setting.model))
 
 
-def exam_of(setting: Setting, students: Sequence[Student] = ()) -> Exam:
+def exam_of(setting: Setting) -> Exam:
     """Returns the exam that all rows take."""
     prompts = tuple(challenge.prompt for challenge in challenges(*setting.asked))
     seeds = tuple(range(len(prompts)))
     sweep = Sweep(setting.model, prompts, seeds, setting.sampler)
-    return Exam(sweep, (), setting.asked, tuple(students))
+    return Exam(sweep, (), setting.asked)
 
 
 def _make(row: Row, seed: int) -> float:

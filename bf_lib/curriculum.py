@@ -89,7 +89,7 @@ def ablation_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
 
     Arguments:
         recipes: By name: "mixed", the one of the study; "3" and "5", all layers with so many
-            levels; "mixed as large as 5"; and "eta 0" and "eta 0.5", by the paper's rule.
+            levels; "mixed as large as 5"; and by the paper's rule, "eta 0", "eta 0.3", "eta 0.5".
     """
     levels = {name: tuple(recipe.levels.items()) for name, recipe in recipes.items()}
     base = Stage(feature_weight=0.0, density=tuple(uniform().tolist()))

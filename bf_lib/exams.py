@@ -1,8 +1,7 @@
 """Exams: packed UNets, drawn and judged beside the model that they come from.
 
 Each draws the same prompts from the same seeds as full precision does, so differences are those
-of pairs. What is examined is what is stored: folders of packed UNets, and nothing that is only in
-memory. Rows are those of `bf_lib.trials`, whose tables and intervals they go to.
+of pairs. Rows are those of `bf_lib.trials`, whose tables and intervals they go to.
 """
 
 __all__ = ["Exam", "Student", "folder_digest"]

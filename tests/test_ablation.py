@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bf_lib import ablation as module
-from bf_lib.ablation import SETTINGS, Ablation, as_stored, record_of, state_of
+from bf_lib.ablation import SETTINGS, Ablation, RowsFailed, as_stored, record_of, state_of
 from bf_lib.ablation_study import finished, row_table
 from bf_lib.curriculum import Row, Stage, ablation_rows
 from bf_lib.forms import Form
@@ -79,6 +79,18 @@ def test_rows_hold_what_was_found_for_each_prompt(small):
         assert np.isfinite(found["mse"]).all() and min(found["mse"]) > 0
         assert 0 < record["paper_bits"] < record["stored_bits"] < 5
         assert json.dumps(record["settings"]).count(",") < 200  # recipes are there by digest
+
+
+def test_a_row_without_a_result_stops_no_other(small, nine, tmp_path):
+    wild = Row(name="wild", group="control", form=nine, stages=(Stage(),), seeds=(0,))
+    setting = replace(small.setting, lr=1e30)
+    made = Ablation(setting, (wild, small.rows[0]), tmp_path / "rows", small.work)
+    done = []
+    with pytest.raises(RowsFailed, match="wild, seed 0: .*(NaN|finite)"):
+        for row, _, _ in made.run(workers=1):
+            done.append(row.name)
+    assert done == ["not trained"]
+    assert made.table().set_index("row").state.to_dict() == {"wild": "left", "not trained": "done"}
 
 
 def test_training_changes_a_student(small):
