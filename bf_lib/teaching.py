@@ -22,6 +22,7 @@ from accelerate import PartialState
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from bf_lib.coded_rate import coded_bits
 from bf_lib.distillation import BlockFeatures, feature_loss, noise_loss
 from bf_lib.examples import Examples
 from bf_lib.models import load_pipeline
@@ -41,13 +42,18 @@ class Lesson:
     objective: str = "distillation"
     feature_weight: float = 0.01  # lambda of Eq. 8
     relative: bool = False  # whether a block's features count relative to the teacher's
+    rate_weight: float = 0.0  # of the bits of an entropy-coded code, see `bf_lib.coded_rate`
     dropped: float = 0.1  # of the captions
     guidance: float = 7.5  # of "guided"
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
-        if not (0 <= self.dropped <= 1 and self.feature_weight >= 0 and self.guidance >= 1):
+        if not (
+            0 <= self.dropped <= 1
+            and min(self.feature_weight, self.rate_weight) >= 0
+            and self.guidance >= 1
+        ):
             raise ValueError(f"impossible lesson: {self}")
 
 
@@ -112,7 +118,13 @@ class Teaching:
 
     def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns the loss of a batch, by the lesson's objective, and its parts."""
-        batch = self.draw(size, generator)
+        parts = self._objective(self.draw(size, generator))
+        if self.lesson.rate_weight > 0:
+            rate = coded_bits(self.model)
+            parts |= {"loss": parts["loss"] + self.lesson.rate_weight * rate, "rate": rate}
+        return parts
+
+    def _objective(self, batch: Batch) -> dict[str, Tensor]:
         if self.lesson.objective == "noise":
             mse = noise_loss(predicted(self.model, batch), batch.noise)
             return {"loss": mse, "noise": mse}
