@@ -111,6 +111,8 @@ $(TRAINED): $(LIB) | $(READY)
 $(B)/04_metric_correlation.done: $(B)/03_sensitivity.done
 $(B)/06_bit_allocation.done: $(B)/03_sensitivity.done
 $(B)/07_packed_checkpoint.done: $(B)/06_bit_allocation.done
+$(B)/08_stage1_distillation.done: $(B)/03_sensitivity.done $(B)/06_bit_allocation.done
+$(B)/09_stage2_finetuning.done: $(B)/08_stage1_distillation.done
 
 # Goals that are given together take turns where one writes what the other reads: the study runs
 # again after a new model, and pages and figures are made of what was just run.

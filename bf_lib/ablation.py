@@ -21,34 +21,36 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
 
 from bf_lib import recipe_study
 from bf_lib.allocation import extended
 from bf_lib.artifacts import load_table
 from bf_lib.atomic import write_atomically
-from bf_lib.curriculum import Row, Setting, ablation_rows
+from bf_lib.curriculum import FRONTIER, Row, Setting, ablation_rows, frontier_name
 from bf_lib.evaluation import challenges
-from bf_lib.examples import scene_examples
+from bf_lib.examples import Examples, scene_examples
 from bf_lib.exams import Bench, Exam, Student
-from bf_lib.fakequant import bake_weights_
+from bf_lib.forms import as_stored
 from bf_lib.layers import list_layers
 from bf_lib.models import load_pipeline
+from bf_lib.packed_unets import pack_student, save_packed
 from bf_lib.paths import ROOT, runs_folder
 from bf_lib.processes import end_with_parent, make_deterministic
 from bf_lib.progress import duration
 from bf_lib.provenance import versions
 from bf_lib.recipe import Recipe
 from bf_lib.recipe_study import Choices, by_optimum, by_rule, error_table
+from bf_lib.reconstruction import Reconstruction
 from bf_lib.sampling import Sampler
 from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.sizes import size_report
 from bf_lib.teaching import Teaching
-from bf_lib.timecache import cached_time_features, install_time_features_, sampling_steps
+from bf_lib.timecache import cached_time_features, sampling_steps
 from bf_lib.training import TrainingFailed, load_ema, train
 
 DIGITS = 6  # that are kept of a number
@@ -95,6 +97,12 @@ class Ablation:
             for row, seed in self.tasks()
         )
 
+    def examples(self, processes: int = 1) -> Path:
+        """Returns the file of what all rows learn from, which is made if it is missing."""
+        return scene_examples(
+            self.setting.model, self.setting.scenes, self.work, processes=processes
+        )
+
     def run(self, workers: int = 2) -> Iterator[tuple[Row, int, float]]:
         """Makes the rows that are left; yields each, and its minutes, as soon as it is on file.
 
@@ -105,7 +113,7 @@ class Ablation:
         left = [(r, s) for r, s in self.tasks() if state_of(self, r, s) != "done"]
         if not left:
             return
-        scene_examples(self.setting.model, self.setting.scenes, self.work, processes=workers)
+        self.examples(processes=workers)
         context = get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload([__name__])
         pool, failed = ProcessPoolExecutor(workers, context, _start, (self,)), []
@@ -183,6 +191,7 @@ def _make(row: Row, seed: int) -> float:
     started = time.monotonic()
     student = taught(ablation, row, seed)
     steps = sampling_steps(bench.images.pipe.scheduler, ablation.setting.sampler.steps)
+    coded = coded_bytes(student, steps)
     found = bench.examined(as_stored(student, steps), Student(row.name))
     size = row.form.size(bench.images.pipe.unet, len(steps))
     minutes = (time.monotonic() - started) / 60
@@ -191,6 +200,8 @@ def _make(row: Row, seed: int) -> float:
         "stored_mb": size.stored_bytes / 1e6,
         "stored_bits": size.stored_bits,
         "paper_bits": size.paper_bits,
+        "coded_mb": None if coded is None else coded / 1e6,
+        "coded_bits": None if coded is None else 8 * coded / size.parameters,
         "minutes": round(minutes, 1),
         "versions": versions(),
         "found": {name: _rounded(value) for name, value in found.items()},
@@ -208,7 +219,11 @@ def _rounded(value: object) -> object:
 def taught(ablation: Ablation, row: Row, seed: int) -> UNet2DConditionModel:
     """Returns the student of a row after its stages, with averaged weights."""
     setting, start = ablation.setting, None
-    examples = next(ablation.work.glob(f"scenes-0-{setting.scenes}-*.safetensors"))
+    examples = ablation.examples()
+    if isinstance(row.form, Reconstruction):
+        captions = Examples.load(examples).captions[: row.form.inputs]
+        pipe = load_pipeline(setting.model)
+        return row.form(pipe, [phrasings[0] for phrasings in captions], setting.sampler, seed)
     for number, stage in enumerate(row.stages, 1):
         folder = ablation.work / ablation.file(row, seed).stem / f"stage{number}"
         lesson = stage.lesson(setting, examples)
@@ -223,27 +238,19 @@ def taught(ablation: Ablation, row: Row, seed: int) -> UNet2DConditionModel:
     return student if start is None else load_ema(student, start)
 
 
-@torch.no_grad()
-def as_stored(student: nn.Module, steps: torch.Tensor) -> nn.Module:
-    """Makes a student an ordinary UNet, in place, with all numbers as they are stored.
+def coded_bytes(student: UNet2DConditionModel, steps: torch.Tensor) -> int | None:
+    """Returns the bytes of the entropy-coded file of a student of balanced grids, else None.
 
     Arguments:
         student: A student of any form.
         steps: The time-steps whose features are kept, if they are cached.
     """
-    coded = {
-        f"{name}.weight"
-        for name, layer in student.named_modules()
-        if hasattr(layer, "parametrizations")
-    }
-    bake_weights_(student)
-    known = cached_time_features(student)
-    if known is not None:
-        install_time_features_(student, known.at(steps))
-    for name, value in student.named_parameters():
-        if name not in coded:
-            value.copy_(value.half())
-    return student.requires_grad_(False).eval()
+    if getattr(student, "recipe", None) is None:
+        return None
+    kept = None if cached_time_features(student) is None else steps
+    with TemporaryDirectory() as folder:
+        save_packed(pack_student(student, kept, "zstd"), folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 # ---- the ablation of the study
@@ -266,14 +273,20 @@ def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
 
     estimated, swept = choices("estimated", "score"), choices("sensitivity", "mse")
     same = {str(n): recipe_study.uniform(estimated, n) for n in (3, 5)}
-    sizes = {name: size_report(unet, recipe, steps).stored_bytes for name, recipe in same.items()}
-    mixed = Recipe.load(runs_folder("mini", "06_bit_allocation") / "recipe.json")
-    target = size_report(unet, mixed, steps).stored_bytes
-    return same | {
-        "mixed": mixed,
-        "mixed as large as 5": by_optimum(estimated, sizes["5"])[0],
-        **{f"eta {eta:g}": by_rule(swept, target, eta) for eta in (0.0, 0.3, 0.5)},
+    optimum = Recipe.load(runs_folder("mini", "06_bit_allocation") / "recipe.json")
+    parameters = size_report(unet, None, steps).parameters
+    as_large = {
+        name: size_report(unet, recipe, steps).stored_bytes
+        for name, recipe in {"5": same["5"], "optimum": optimum}.items()
     }
+    sizes = {"optimum as large as 5": as_large["5"]}
+    sizes |= {frontier_name(bits): int(bits * parameters / 8) for bits in FRONTIER}
+    return (
+        same
+        | {"optimum": optimum}
+        | {name: by_optimum(estimated, size)[0] for name, size in sizes.items()}
+        | {f"eta {e:g}": by_rule(swept, as_large["optimum"], e) for e in (0.0, 0.3, 0.5)}
+    )
 
 
 def study_ablation(preset: str, setting: Setting) -> Ablation:

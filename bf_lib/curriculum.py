@@ -4,18 +4,23 @@ A row is taught with the same examples, batches and rates as all others; what it
 form and in its stages (BitsFusion, §4.2 and Tables 4 to 7).
 """
 
-__all__ = ["Row", "Setting", "Stage", "ablation_rows"]
+__all__ = ["FRONTIER", "ONE_SEED", "Row", "Setting", "Stage", "ablation_rows", "frontier_name"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bf_lib.forms import Form
 from bf_lib.recipe import Recipe
+from bf_lib.reconstruction import Reconstruction
 from bf_lib.sampling import Sampler
 from bf_lib.teaching import Lesson
 from bf_lib.times import beta, uniform
 from bf_lib.training import Plan
+
+FRONTIER = (1.8, 2.0, 2.3, 3.0, 4.0)  # stored bits of students of both stages
+ONE_SEED = ("frontier", "one seed")  # groups, of points along a line and of single values
+RATES = (0.003, 0.01)  # weights of a rate term in Stage II of the smallest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class Stage:
     objective: str = "distillation"
     share: float = 1.0  # of the setting's steps of Stage I, or of Stage II for "noise"
     feature_weight: float = 0.01  # lambda; the paper's
+    rate_weight: float = 0.0  # of the bits of an entropy-coded code
     dropped: float = 0.1  # of the captions
     density: tuple[float, ...] = tuple(beta(3.0).tolist())  # of time-steps; the paper's
 
@@ -67,6 +73,7 @@ class Stage:
             density=self.density,
             objective=self.objective,
             feature_weight=self.feature_weight,
+            rate_weight=self.rate_weight,
             relative=setting.relative,
             dropped=self.dropped,
             guidance=setting.sampler.guidance,
@@ -79,73 +86,105 @@ class Row:
 
     name: str
     group: str
-    form: Form
+    form: Form | Reconstruction
     stages: tuple[Stage, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def ablation_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
-    """Returns the rows: the paper's in its order, then the controls, then the baselines.
+    """Returns the rows: the paper's in its order, the controls, the baselines, and the frontier.
+
+    The paper's rows have its bits and its rule. At these `mini` has all but nothing left to learn,
+    so what is asked about training is asked of 3 levels everywhere, which break it.
 
     Arguments:
-        recipes: By name: "mixed", the one of the study; "3" and "5", all layers with so many
-            levels; "mixed as large as 5"; and by the paper's rule, "eta 0", "eta 0.3", "eta 0.5".
+        recipes: By name: "3" and "5", all layers with so many levels; "eta 0", "eta 0.3" and
+            "eta 0.5" by the paper's rule, of 1.99 paper bits; "optimum" of notebook 06, as large;
+            "optimum as large as 5"; and optima by their stored bits, as `frontier_bits` says.
     """
-    levels = {name: tuple(recipe.levels.items()) for name, recipe in recipes.items()}
+    forms = {name: Form(levels=tuple(recipe.levels.items())) for name, recipe in recipes.items()}
     base = Stage(feature_weight=0.0, density=tuple(uniform().tolist()))
     features = replace(base, feature_weight=0.01)
     first, second = Stage(), Stage(objective="noise")
-    mixed, five = Form(levels=levels["mixed"]), Form(levels=levels["5"])
+    three, five, rule = forms["3"], forms["5"], forms["eta 0.3"]
     plain = Form(kind="plain", scales="minmax", cached=False)
     paper = {
         "QAT-Base": (plain, (base,)),
         "+ balance": (replace(five, scales="minmax", cached=False), (base,)),
         "+ alternating scales": (replace(five, cached=False), (base,)),
-        "+ mixed precision": (replace(mixed, cached=False), (base,)),
+        "+ mixed precision": (replace(rule, cached=False), (base,)),
         "+ caching alone": (five, (base,)),
-        "+ mixed precision and caching": (mixed, (base,)),
-        "+ feature distillation": (mixed, (features,)),
-        "+ time-step sampling": (mixed, (first,)),
-        "+ Stage II": (mixed, (first, second)),
+        "+ mixed precision and caching": (rule, (base,)),
+        "+ feature distillation": (rule, (features,)),
+        "+ time-step sampling": (rule, (first,)),
+        "+ Stage II": (rule, (first, second)),
     }
-    controls = {
+    ends = {
         "full precision": (Form(kind="full"), ()),
-        "not trained": (mixed, ()),
-        "Stage I as long as both": (mixed, (replace(first, share=1.5),)),
+        "full precision, Stage II": (Form(kind="full"), (second,)),
+        "3 levels, not trained": (three, ()),
+        "paper's rule, not trained": (rule, ()),
+        "optimum, not trained": (forms["optimum"], ()),
+    }
+    grids = {
         "plain, 4 levels": (replace(plain, scales="alternating", cached=True), (first,)),
         "half-shifted, 4 levels": (Form(kind="half-shifted"), (first,)),
-        "balanced, 3 levels": (Form(levels=levels["3"]), (first,)),
-        "balanced, 5 levels": (five, (first,)),
-        "mixed, as large as 5 levels": (Form(levels=levels["mixed as large as 5"]), (first,)),
-        "optimal scales": (replace(mixed, scales="optimal"), (first,)),
-        "captions never dropped": (mixed, (replace(first, dropped=0.0),)),
-        "guided output distilled": (mixed, (replace(first, objective="guided"),)),
-        "noise predicted in Stage I": (mixed, (replace(second, share=2.0),)),
-        "full precision, Stage II": (Form(kind="full"), (second,)),
+        "3 levels": (three, (first,)),
+        "5 levels": (five, (first,)),
+        "optimum": (forms["optimum"], (first,)),
+        "optimum, as large as 5 levels": (forms["optimum as large as 5"], (first,)),
     }
+    training = {
+        "no features": (replace(first, feature_weight=0.0),),
+        "uniform times": (features,),
+        "captions never dropped": (replace(first, dropped=0.0),),
+        "guided output distilled": (replace(first, objective="guided"),),
+        "noise predicted in Stage I": (replace(second, share=2.0),),
+        "Stage I as long as both": (replace(first, share=1.5),),
+        "Stage II": (first, second),
+    }
+    training = {f"3 levels, {name}": (three, stages) for name, stages in training.items()}
+    training["3 levels, optimal scales"] = replace(three, scales="optimal"), (first,)
     baselines = {
         "LoRA, 2 bits": (Form(kind="lora"), (replace(base, objective="guided"),)),
         "palettes, 2 bits": (Form(kind="palette"), ()),
         "palettes, 2 bits, trained": (Form(kind="palette"), (first,)),
+        "reconstruction, 4 bits": (Reconstruction(), ()),
     }
-    single = {
-        **{f"lambda {w:g}": (mixed, (replace(first, feature_weight=w),)) for w in (0.1, 1.0)},
-        **{
-            f"alpha {a:g}": (mixed, (replace(first, density=tuple(beta(a).tolist())),))
-            for a in (1.5, 2.0)
-        },
-        **{f"eta {e:g}": (Form(levels=levels[f"eta {e:g}"]), (first,)) for e in (0.0, 0.3, 0.5)},
+    frontier = {
+        f"{bits:g} bits": (forms[frontier_name(bits)], (first, second)) for bits in FRONTIER
     }
-    groups = {"paper": paper, "control": controls, "baseline": baselines, "one seed": single}
+    smallest = forms[frontier_name(FRONTIER[0])]
+    for weight in RATES:
+        stages = first, replace(second, rate_weight=weight)
+        frontier[f"{FRONTIER[0]:g} bits, rate {weight:g}"] = smallest, stages
+    values = {
+        **{f"lambda {w:g}": replace(first, feature_weight=w) for w in (0.1, 1.0)},
+        **{f"alpha {a:g}": replace(first, density=tuple(beta(a).tolist())) for a in (1.5, 2.0)},
+    }
+    single = {f"3 levels, {name}": (three, (stage,)) for name, stage in values.items()}
+    single |= {f"eta {eta:g}": (forms[f"eta {eta:g}"], (first,)) for eta in (0.0, 0.5)}
+    groups = {"paper": paper, "control": ends | grids | training, "baseline": baselines}
+    groups |= {"frontier": frontier, "one seed": single}
     return [
         Row(
             name=name,
             group=group,
             form=form,
             stages=stages,
-            # Without training there is nothing that a seed would change.
-            seeds=(0,) if group == "one seed" or not stages else (0, 1, 2),
+            # Without chance there is nothing that a seed would change.
+            seeds=(0,) if group in ONE_SEED or is_certain(form, stages) else (0, 1, 2),
         )
         for group, entries in groups.items()
         for name, (form, stages) in entries.items()
     ]
+
+
+def is_certain(form: Form | Reconstruction, stages: Sequence[Stage]) -> bool:
+    """Whether a student is the same for each seed."""
+    return isinstance(form, Form) and not stages
+
+
+def frontier_name(bits: float) -> str:
+    """Returns what the recipe of so many stored bits is called."""
+    return f"optimum of {bits:g} bits"

@@ -72,8 +72,8 @@ class Examples:
 
 def scene_examples(
     model: str | Path, count: int, folder: Path, first: int = 0, processes: int = 2
-) -> Examples:
-    """Draws scenes and encodes them, once for an autoencoder: the result is kept in `folder`.
+) -> Path:
+    """Draws scenes and encodes them, once for an autoencoder; returns the file of `Examples`.
 
     Scenes are those that `mini` is trained on, from the one with the index `first`.
 
@@ -94,13 +94,13 @@ def scene_examples(
             moments = torch.from_numpy(np.concatenate(pool.starmap(_drawn_moments, tasks, 1)))
         captions = tuple(tuple(training_captions(i)) for i in range(first, first + count))
         Examples(moments, captions, vae.config.scaling_factor).save(path)
-    return Examples.load(path)
+    return path
 
 
 def folder_examples(
     pipe: StableDiffusionPipeline, images: Path, file: Path, size: int | None = None
-) -> Examples:
-    """Encodes the images of a folder, once: the result is kept in `file`.
+) -> Path:
+    """Encodes the images of a folder, once; returns the file of `Examples`, which is `file`.
 
     Arguments:
         pipe: The pipeline whose autoencoder encodes them.
@@ -125,7 +125,7 @@ def folder_examples(
         moments = torch.cat([encoded(pipe.vae, part) for part in pictures])
         captions = tuple((text,) for text in table.text.astype(str))
         Examples(moments, captions, pipe.vae.config.scaling_factor).save(file)
-    return Examples.load(file)
+    return file
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@
 The first and last convolution stay as they are in all of them.
 """
 
-__all__ = ["KINDS", "Form", "Palette", "SumOfLowRank"]
+__all__ = ["KINDS", "Form", "Palette", "SumOfLowRank", "as_stored"]
 
 import copy
 from dataclasses import dataclass, replace
@@ -22,12 +22,16 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from bf_lib.decoded_files import palette_of
-from bf_lib.fakequant import FakeQuantized
+from bf_lib.fakequant import FakeQuantized, bake_weights_
 from bf_lib.layers import list_layers
 from bf_lib.recipe import Recipe
 from bf_lib.sizes import SizeReport, size_report
 from bf_lib.student import TRAINED_AT, quantize, with_parametrized_weights
-from bf_lib.timecache import cache_time_features_
+from bf_lib.timecache import (
+    cache_time_features_,
+    cached_time_features,
+    install_time_features_,
+)
 from bf_lib.unbalanced import UnbalancedGrid, alternating_grid, minmax_grid, shifted_grid
 
 KINDS = ("balanced", "plain", "half-shifted", "lora", "palette", "full")
@@ -143,3 +147,26 @@ class Palette(nn.Module):
         """Returns the values, in float16 as they are stored, with the shape of the weight."""
         stored = self.values + (self.values.half().to(self.values.dtype) - self.values).detach()
         return stored[self.indices]
+
+
+@torch.no_grad()
+def as_stored(student: UNet2DConditionModel, steps: Tensor) -> UNet2DConditionModel:
+    """Makes a student an ordinary UNet, in place, with all numbers as they are stored.
+
+    Arguments:
+        student: A student of any form.
+        steps: The time-steps whose features are kept, if they are cached.
+    """
+    coded = {
+        f"{name}.weight"
+        for name, layer in student.named_modules()
+        if hasattr(layer, "parametrizations")
+    }
+    bake_weights_(student)
+    known = cached_time_features(student)
+    if known is not None:
+        install_time_features_(student, known.at(steps))
+    for name, value in student.named_parameters():
+        if name not in coded:
+            value.copy_(value.half())
+    return student.requires_grad_(False).eval()

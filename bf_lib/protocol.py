@@ -1,9 +1,13 @@
 """What a study looks at: which prompts and layers, and the sweep over them."""
 
 __all__ = [
+    "optimum_of",
     "spread",
     "study_estimate",
+    "study_exam",
+    "study_examples",
     "study_layers",
+    "study_plan",
     "study_prompts",
     "study_sweep",
     "study_trials",
@@ -14,20 +18,28 @@ __all__ = [
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from bf_lib.allocation import extended
 from bf_lib.evaluation import challenges
-from bf_lib.layers import Layer
+from bf_lib.examples import folder_examples, scene_examples
+from bf_lib.exams import Exam, Student
+from bf_lib.layers import Layer, list_layers
 from bf_lib.paths import ROOT
 from bf_lib.recipe import Recipe
+from bf_lib.recipe_study import Choices, by_optimum, error_table, weight_error_table
 from bf_lib.sampling import Sampler
 from bf_lib.scenes import caption, sample_scene
 from bf_lib.sensitivity.estimates import Estimate
 from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.sensitivity.trained import TrainedSweep, Training
+from bf_lib.sizes import size_report
 from bf_lib.study import Study
+from bf_lib.training import Plan
 from bf_lib.trials import Trials
 
 
@@ -157,4 +169,72 @@ def study_estimate(
         method=method,
         projections=projections,
         **{name: getattr(sweep, name) for name in shared},
+    )
+
+
+def study_exam(study: Study, students: Sequence[Student], seed: int) -> Exam:
+    """Returns the exam of students beside full precision, by prompts that chose nothing.
+
+    Arguments:
+        study: The study, which says how many challenges.
+        students: Packed UNets.
+        seed: That of the study; its challenges are others than those of `study_trials`.
+    """
+    judged = (study.examined, 300 + seed) if study.model == "mini" else None
+    asked = [c.prompt for c in challenges(*judged)] if judged else study_prompts(study, seed)
+    return Exam(study_sweep(study, asked, [], seed + 3), (), judged, tuple(students))
+
+
+def optimum_of(
+    bits: float, unet: UNet2DConditionModel, estimates: pd.DataFrame, timesteps: int
+) -> Recipe:
+    """Returns the recipe with the least sum of estimated errors in so many stored bits.
+
+    Arguments:
+        bits: For each parameter of the UNet.
+        unet: The UNet.
+        estimates: Columns name, levels and score, as notebook 03 has them.
+        timesteps: How many time-steps' features are stored.
+
+    Raises:
+        ImpossibleBudget: If there is no recipe so small.
+    """
+    layers = list_layers(unet)
+    errors = extended(error_table(estimates, "score", layers), weight_error_table(unet, layers))
+    choices = Choices.of(unet, layers, errors, timesteps)
+    parameters = size_report(unet, None, timesteps).parameters
+    return by_optimum(choices, int(bits * parameters / 8))[0]
+
+
+def study_examples(
+    study: Study, pipe: StableDiffusionPipeline, folder: Path, images: str | Path | None = None
+) -> Path:
+    """Returns the file of what students learn from, which is made if it is missing.
+
+    Arguments:
+        study: The study, which says how many.
+        pipe: Its model.
+        folder: Where the file is kept.
+        images: A folder of images, as `folder_examples` takes it; None is scenes, for `mini`.
+
+    Raises:
+        ValueError: If there are no images for another model than `mini`.
+    """
+    if images is not None:
+        return folder_examples(pipe, Path(images), folder / "images.safetensors")
+    if study.model != "mini":
+        raise ValueError(f"{study.model} learns from images: give a folder of them")
+    return scene_examples(study.model, study.examples, folder, processes=study.workers or 1)
+
+
+def study_plan(study: Study, seed: int, steps: int) -> Plan:
+    """Returns how a student of the study is taught for so many steps."""
+    return Plan(
+        steps=steps,
+        batch=study.student_batch,
+        lr=study.student_lr,
+        warmup=min(50, steps),
+        ema=0.99,
+        weight_decay=0.0,
+        seed=seed,
     )

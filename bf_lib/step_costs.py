@@ -9,7 +9,8 @@ from statistics import median
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from bf_lib.distillation import noise_loss
 from bf_lib.teaching import Teaching, predicted
@@ -26,46 +27,69 @@ def step_costs(teaching: Teaching, size: int, repeats: int = 5) -> pd.DataFrame:
         repeats: Of each; medians are reported.
 
     Returns:
-        Columns what ("teacher, forward", "plain fine-tuning", "Stage I" and "Stage I / sum of the
-        others") and value (seconds, and the quotient).
+        Columns what ("teacher, forward", "plain fine-tuning" and "Stage I"), seconds, and kept_mb:
+        what is kept from the forward pass for the one back, beside the parameters.
     """
     plain = copy.deepcopy(teaching.teacher).requires_grad_(True)
     generator = torch.Generator()
 
-    def forward() -> None:
+    def of_teacher() -> None:
         with torch.no_grad():
             predicted(teaching.teacher, teaching.draw(size, generator.manual_seed(0)))
 
-    def fine_tune() -> None:
+    def fine_tuning() -> Tensor:
         batch = teaching.draw(size, generator.manual_seed(0))
-        noise_loss(predicted(plain, batch), batch.noise).backward()
-        _forget(plain)
+        return noise_loss(predicted(plain, batch), batch.noise)
 
-    def stage_one() -> None:
-        teaching.loss(0, size, generator.manual_seed(0))["loss"].backward()
-        _forget(teaching.model)
+    def stage_one() -> Tensor:
+        return teaching.loss(0, size, generator.manual_seed(0))["loss"]
 
-    steps = {"teacher, forward": forward, "plain fine-tuning": fine_tune, "Stage I": stage_one}
+    steps = {
+        "teacher, forward": (of_teacher, None),
+        "plain fine-tuning": (fine_tuning, plain),
+        "Stage I": (stage_one, teaching.model),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
-        for name, step in steps.items():
-            took = _timed(step, teaching.device)
+        for name, (loss, model) in steps.items():
+            took = _timed(loss, model, teaching.device)
             if turn:  # the first is slower than those after it
                 seconds[name].append(took)
-    found = {name: median(values) for name, values in seconds.items()}
-    whole, *parts = found["Stage I"], found["teacher, forward"], found["plain fine-tuning"]
-    found["Stage I / sum of the others"] = whole / sum(parts)
-    return pd.DataFrame({"what": list(found), "value": list(found.values())})
+    return pd.DataFrame(
+        {
+            "what": list(steps),
+            "seconds": [median(values) for values in seconds.values()],
+            "kept_mb": [_kept_bytes(loss, model) / 1e6 for loss, model in steps.values()],
+        }
+    )
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
+def _timed(
+    loss: Callable[[], Tensor | None], model: nn.Module | None, device: torch.device
+) -> float:
     started = time.perf_counter()
-    step()
+    found = loss()
+    if model is not None:
+        found.backward()
+        model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 
-def _forget(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
+def _kept_bytes(loss: Callable[[], Tensor | None], model: nn.Module | None) -> int:
+    """Returns the bytes of all that autograd keeps, each piece of memory once."""
+    if model is None:
+        return 0
+    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with saved_tensors_hooks(keep, lambda value: value):
+        loss()
+    return sum(kept.values())

@@ -14,6 +14,7 @@ COUNTS = (
     *("prompts", "steps", "batch", "threads"),
     *("repeats", "repeat_layers", "trained_layers", "trained_steps", "estimate_batch"),
     *("challenges", "random_recipes", "recipe_sizes", "timed_threads", "peers"),
+    *("examples", "student_batch", "first_steps", "second_steps", "examined"),
 )
 
 
@@ -43,6 +44,13 @@ class Study:
     recipe_sizes: int = 6  # sizes at which recipes are compared, the smallest first
     shape_widths: tuple[int, ...] = (320, 640, 1280, 1280)  # SD-v1.5's, of Gaussian weights
     timed_threads: int = 2  # of a process in which packed checkpoints are timed
+    student_bits: float | None = None  # stored; of the optimum to train, or notebook 06's recipe
+    examples: int = 20_000  # that a student learns from
+    student_batch: int = 32
+    student_lr: float = 1e-5  # the paper's
+    first_steps: int = 20_000  # of Stage I; the paper's
+    second_steps: int = 50_000  # of Stage II; the paper's
+    examined: int = 128  # challenges of each task that a student is examined by
     peers: int = 99  # how many other systems store the same UNets, if they are installed
 
     def __post_init__(self) -> None:
@@ -59,8 +67,9 @@ class Study:
             raise ValueError(f"bits must be one or more integers from 1 up, got {self.bits!r}")
         if len(set(self.bits)) < len(self.bits):
             raise ValueError(f"bits must differ from each other, got {self.bits!r}")
-        if not 0 < self.trained_lr < 1:
-            raise ValueError(f"trained_lr must be in (0, 1), got {self.trained_lr!r}")
+        for name in ("trained_lr", "student_lr"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 
@@ -96,6 +105,10 @@ _MINI = {
     "guidance": 4.0,  # notebook 90: from 3 to 7 the images fit their prompts equally well
     "batch": 16,
     "workers": 2,
+    "student_bits": 1.8,  # at 1.99 paper bits there is hardly anything to be learnt back
+    "student_lr": 3e-4,
+    "first_steps": 1000,
+    "second_steps": 500,
 }
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -103,7 +116,8 @@ PRESETS: dict[str, dict[str, object]] = {
     | {"prompts": 2, "steps": 2, "batch": 2, "layers": 6, "workers": 1}
     | {"repeats": 2, "repeat_layers": 3, "trained_layers": 2, "trained_steps": 2}
     | {"challenges": 1, "random_recipes": 2, "recipe_sizes": 2}
-    | {"shape_widths": (32, 64, 128, 128), "timed_threads": 1, "peers": 1},
+    | {"shape_widths": (32, 64, 128, 128), "timed_threads": 1, "peers": 1}
+    | {"examples": 8, "student_batch": 2, "first_steps": 2, "second_steps": 2, "examined": 1},
     "mini": _MINI,
     "sd15": {
         "model": "sd15",

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from bf_lib import ablation as module
-from bf_lib.ablation import SETTINGS, Ablation, RowsFailed, as_stored, record_of, state_of
+from bf_lib.ablation import SETTINGS, Ablation, RowsFailed, record_of, state_of
 from bf_lib.ablation_study import finished, row_table
-from bf_lib.curriculum import Row, Stage, ablation_rows
-from bf_lib.forms import Form
+from bf_lib.curriculum import FRONTIER, ONE_SEED, Row, Stage, ablation_rows, frontier_name
+from bf_lib.forms import Form, as_stored
 from bf_lib.layers import list_layers
 from bf_lib.models import load_pipeline
 from bf_lib.packed_unets import pack_student
 from bf_lib.recipe import Recipe
 from bf_lib.student import quantize
 
-NAMES = ["mixed", "3", "5", "mixed as large as 5", "eta 0", "eta 0.3", "eta 0.5"]
+NAMES = ["3", "5", "optimum", "optimum as large as 5", "eta 0", "eta 0.3", "eta 0.5"]
+NAMES += [frontier_name(bits) for bits in FRONTIER]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,9 @@ def test_rows_hold_what_was_found_for_each_prompt(small):
         assert all(len(found[score]) == 6 for score in ("mse", "clip", "passed", "perceptual"))
         assert np.isfinite(found["mse"]).all() and min(found["mse"]) > 0
         assert 0 < record["paper_bits"] < record["stored_bits"] < 5
+        assert (record["coded_bits"] is None) == (row.name == "palettes")
+        if record["coded_bits"]:  # nine levels are not all alike
+            assert 2 < record["coded_bits"] < record["stored_bits"]
         assert json.dumps(record["settings"]).count(",") < 200  # recipes are there by digest
 
 
@@ -132,7 +136,7 @@ def test_the_study_has_the_rows_of_the_paper_with_three_seeds(unet):
     rows = ablation_rows(recipes)
     assert [row.name for row in rows][:3] == ["QAT-Base", "+ balance", "+ alternating scales"]
     assert len({row.name for row in rows}) == len(rows)
-    assert all(row.seeds == (0, 1, 2) for row in rows if row.stages and row.group != "one seed")
+    assert all(row.seeds == (0, 1, 2) for row in rows if row.stages and row.group not in ONE_SEED)
     made = Ablation(SETTINGS["mini"], tuple(rows), module.ROOT, module.ROOT)
     assert len({made.file(row, seed) for row, seed in made.tasks()}) == len(made.tasks())
     seeds = [seed for _, seed in made.tasks()]

@@ -51,7 +51,7 @@ def test_files_keep_all(tmp_path):
 
 def test_scenes_are_encoded_once_with_their_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "SHARE", 2)
-    found = scene_examples("mini", 3, tmp_path, first=10)
+    found = Examples.load(scene_examples("mini", 3, tmp_path, first=10))
     vae = load_pipeline("mini").vae
     images = np.stack([draw(training_scene(i)) for i in (10, 11, 12)])
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_scenes_are_encoded_once_with_their_captions(tmp_path, monkeypatch):
     assert found.captions[1] == tuple(training_captions(11))
     (file,) = tmp_path.iterdir()
     before = file.stat().st_mtime_ns
-    again = scene_examples("mini", 3, tmp_path, first=10)
+    again = Examples.load(scene_examples("mini", 3, tmp_path, first=10))
     assert torch.equal(again.moments, found.moments) and file.stat().st_mtime_ns == before
 
 
@@ -76,13 +76,13 @@ def photos(tmp_path):
 
 def test_a_folder_of_images_is_cut_to_squares_and_encoded(photos):
     pipe = toy_pipeline()
-    found = folder_examples(pipe, photos, photos / "kept.safetensors")
+    found = Examples.load(folder_examples(pipe, photos, photos / "kept.safetensors"))
     assert found.captions == (("square",), ("tall",)) and found.moments.shape == (2, 8, 8, 8)
     image = np.asarray(Image.open(photos / "b.png"))
     wanted = encoded(pipe.vae, image[None])
     torch.testing.assert_close(found.moments[:1], wanted, rtol=2e-3, atol=2e-3)
     (photos / "metadata.csv").unlink()  # what is kept is not asked for again
-    assert len(folder_examples(pipe, photos, photos / "kept.safetensors")) == 2
+    assert len(Examples.load(folder_examples(pipe, photos, photos / "kept.safetensors"))) == 2
 
 
 def test_a_folder_without_what_is_needed_is_refused(photos):

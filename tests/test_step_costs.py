@@ -1,9 +1,10 @@
-"""Costs of steps: what is timed, and that nothing is left behind."""
+"""Costs of steps: what is timed and kept, and that nothing is left behind."""
 
 import pytest
 import torch
 from lessons import ternary, toy_lesson
 
+from bf_lib.layers import list_layers
 from bf_lib.step_costs import step_costs
 from bf_lib.teaching import Teaching
 
@@ -15,9 +16,19 @@ def teaching(tmp_path_factory):
 
 def test_steps_are_timed_in_turns(teaching):
     before = {name: value.clone() for name, value in teaching.model.state_dict().items()}
-    table = step_costs(teaching, size=2, repeats=2).set_index("what").value
-    parts = table["teacher, forward"] + table["plain fine-tuning"]
-    assert table["Stage I / sum of the others"] == pytest.approx(table["Stage I"] / parts)
-    assert 0 < table["teacher, forward"] < table["plain fine-tuning"] < table["Stage I"]
+    seconds = step_costs(teaching, size=2, repeats=2).set_index("what").seconds
+    assert 0 < seconds["teacher, forward"] < seconds["plain fine-tuning"] < seconds["Stage I"]
     assert all(p.grad is None for p in teaching.model.parameters())
     assert all(torch.equal(v, before[n]) for n, v in teaching.model.state_dict().items())
+
+
+def test_what_is_kept_grows_with_the_batch_and_by_rounded_weights(teaching):
+    two, four = (
+        step_costs(teaching, size=size, repeats=1).set_index("what").kept_mb for size in (2, 4)
+    )
+    assert two["teacher, forward"] == 0
+    # twice as many activations; of Stage I, rounded weights as well, which do not grow
+    assert four["plain fine-tuning"] == pytest.approx(2 * two["plain fine-tuning"], rel=0.05)
+    weights = 4e-6 * sum(layer.params for layer in list_layers(teaching.teacher))
+    for kept in (two, four):
+        assert 0.9 * weights < kept["Stage I"] - kept["plain fine-tuning"] < 2.5 * weights

@@ -10,6 +10,7 @@ __all__ = [
     "correlation_heatmaps",
     "cumulative_damage",
     "decoding",
+    "differences",
     "error_by_layer",
     "error_by_levels",
     "estimate_scatter",
@@ -19,6 +20,7 @@ __all__ = [
     "frontier",
     "layer_bits",
     "layer_card",
+    "losses",
     "paper_intervals",
     "parameters_by_block",
     "parameters_by_depth",
@@ -27,6 +29,7 @@ __all__ = [
     "reliability_bars",
     "roles_compared",
     "scatter_matrix",
+    "scores",
     "sensitivity_bars",
     "sensitivity_by_role",
     "short",
@@ -35,6 +38,7 @@ __all__ = [
     "time_damage",
     "time_errors",
     "time_map",
+    "trained_frontier",
     "training_curves",
     "training_gain",
     "training_scatter",
@@ -73,5 +77,6 @@ from bf_lib.plots.recipes import (
     roles_compared,
 )
 from bf_lib.plots.sensitivity import METRICS, layer_card, sensitivity_bars, sensitivity_by_role
+from bf_lib.plots.students import differences, scores, trained_frontier
 from bf_lib.plots.times import time_damage, time_map
-from bf_lib.plots.training import time_errors, training_curves
+from bf_lib.plots.training import losses, time_errors, training_curves

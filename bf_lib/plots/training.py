@@ -1,6 +1,6 @@
 """Figures of trainings: losses, and errors over time."""
 
-__all__ = ["time_errors", "training_curves"]
+__all__ = ["losses", "time_errors", "training_curves"]
 
 import math
 
@@ -24,6 +24,20 @@ def training_curves(**logs: pd.DataFrame) -> Figure:
         axis.set(title=name.replace("_", " "), xlabel="step", yscale="log")
     for axis in axes[:, 0]:
         axis.set_ylabel("loss")
+    return figure
+
+
+def losses(log: pd.DataFrame) -> Figure:
+    """The losses of one training by step, each on a logarithmic scale of its own.
+
+    Arguments:
+        log: The log of `bf_lib.training`: columns step, lr, the losses, and seconds_per_step.
+    """
+    names = [name for name in log.columns if name not in ("step", "lr", "seconds_per_step")]
+    figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 2.2), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=True):
+        axis.plot(log.step, log[name], lw=1)
+        axis.set(title=name, xlabel="step", yscale="log")
     return figure
 
 
