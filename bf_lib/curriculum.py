@@ -18,7 +18,7 @@ from bf_lib.teaching import Lesson
 from bf_lib.times import beta, uniform
 from bf_lib.training import Plan
 
-FRONTIER = (1.8, 2.0, 2.3, 3.0, 4.0)  # stored bits of students of both stages
+FRONTIER = (1.83, 2.0, 2.3, 3.0, 4.0)  # stored bits of students of both stages
 ONE_SEED = ("frontier", "one seed")  # groups, of points along a line and of single values
 RATES = (0.003, 0.01)  # weights of a rate term in Stage II of the smallest
 
@@ -32,7 +32,7 @@ class Setting:
     steps: int = 300  # of Stage I
     more_steps: int = 150  # of Stage II
     batch: int = 16
-    lr: float = 5e-4
+    lr: float = 3e-4
     scale_rate: float = 1.0  # learning rate of scales, times the others'
     relative: bool = True  # whether features of a block count relative to the teacher's
     asked: tuple[int, int] = (128, 200)  # challenges of each task, and their seed

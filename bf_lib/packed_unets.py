@@ -8,6 +8,7 @@ import gc
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -99,6 +100,8 @@ def pack_student(
     if timesteps is not None:
         install_time_features_(unet, cached_time_features(unet).at(timesteps))
     pack_(unet, BitsFusionConfig(student.recipe, compress=compress, source=source), scales)
+    header = unet.hf_quantizer.header
+    unet.hf_quantizer.header = replace(header, made=dict(header.made) | {"scales": "trained"})
     return unet
 
 

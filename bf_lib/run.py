@@ -120,6 +120,14 @@ class Run:
         """The folder of this notebook's tables, records and tensors."""
         return runs_folder(self.study.preset, self.notebook, self.root)
 
+    def work(self, notebook: str | None = None) -> Path:
+        """Returns the folder of what is too large to keep: checkpoints, packed UNets, examples.
+
+        Arguments:
+            notebook: Another notebook, whose folder it is.
+        """
+        return self.root / "build" / self.study.preset / "work" / (notebook or self.notebook)
+
     def save_table(self, frame: pd.DataFrame, stem: str) -> None:
         """Writes a table of this notebook."""
         artifacts.save_table(frame, self._new(stem, "csv"), self._origin())

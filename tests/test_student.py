@@ -87,7 +87,7 @@ def test_a_trained_student_is_packed_bit_for_bit(student, compress, tmp_path):
     header = loaded.hf_quantizer.header
     assert header.timesteps == 2 and header.source == "toy" and header.compress == compress
     assert dict(header.levels) == dict(student.recipe.levels)
-    assert header.made["rule"] == "by turns"
+    assert header.made["rule"] == "by turns" and header.made["scales"] == "trained"
     assert len(header.levels) + len(header.left) == 282
     with pytest.raises(UncachedStep):
         output(loaded, STEPS[0])
