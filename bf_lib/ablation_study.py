@@ -8,6 +8,7 @@ __all__ = [
     "bootstrap",
     "claim_table",
     "difference",
+    "difference_table",
     "finished",
     "row_table",
 ]
@@ -98,6 +99,27 @@ def difference(first: Finished, second: Finished, score: str) -> dict[str, float
     a, b = first.scores[score], second.scores[score]
     low, high = _interval(bootstrap(a, b))
     return {"value": float(a.mean() - b.mean()), "low": low, "high": high}
+
+
+def difference_table(
+    rows: Mapping[str, Finished],
+    pairs: Sequence[tuple[str, str]],
+    scores: Sequence[str] = tuple(SCORES),
+) -> pd.DataFrame:
+    """Returns by how much rows are above others; pairs of which one is not finished are left out.
+
+    Returns:
+        Columns name, over, seeds (the fewer of both), score, value, low and high (95 %).
+    """
+    columns = ["name", "over", "seeds", "score", "value", "low", "high"]
+    records = [
+        {"name": a, "over": b, "seeds": min(rows[a].seeds, rows[b].seeds), "score": score}
+        | difference(rows[a], rows[b], score)
+        for score in scores
+        for a, b in pairs
+        if a in rows and b in rows
+    ]
+    return pd.DataFrame(records, columns=columns)
 
 
 def row_table(rows: Mapping[str, Finished]) -> pd.DataFrame:

@@ -164,8 +164,8 @@ def ablation_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     }
     single = {f"3 levels, {name}": (three, (stage,)) for name, stage in values.items()}
     single |= {f"eta {eta:g}": (forms[f"eta {eta:g}"], (first,)) for eta in (0.0, 0.5)}
-    groups = {"paper": paper, "control": ends | grids | training, "baseline": baselines}
-    groups |= {"frontier": frontier, "one seed": single}
+    groups = {"paper": paper, "ends": ends, "grids": grids, "training": training}
+    groups |= {"baseline": baselines, "frontier": frontier, "one seed": single}
     return [
         Row(
             name=name,
