@@ -151,10 +151,12 @@ speed: $(READY)
 	@$(PY) -m bf_lib.speed --preset $(PRESET)
 
 ablation: $(READY)
-	@$(PY) -m bf_lib.ablation --preset $(PRESET)
+	@$(PY) -m bf_lib.ablation --rows result
+	@$(PY) -m bf_lib.ablation --rows mini
 
 ablation-left: $(READY)
-	@$(PY) -m bf_lib.ablation --preset $(PRESET) --list
+	@$(PY) -m bf_lib.ablation --rows result --list
+	@$(PY) -m bf_lib.ablation --rows mini --list
 
 sd15-shape: $(READY)
 	@$(PY) -m bf_lib.packed_study build/sd15_shape

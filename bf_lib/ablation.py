@@ -1,10 +1,11 @@
 """The ablation: a file for each finished row and seed, made in the pieces that a night allows.
 
-    python -m bf_lib.ablation            # goes on with what is left
-    python -m bf_lib.ablation --list     # says what is done and what is left
+    python -m bf_lib.ablation --rows result   # goes on with what is left of it
+    python -m bf_lib.ablation --list          # says what is done and what is left of "mini"
 
 Each process teaches and examines a row by itself, with one thread, since that is faster than to
-share a row. A row that was killed goes on from its last checkpoint. A finished one is a JSON file
+share a row. A row that was killed goes on from its last checkpoint, and rows whose first stages
+are the same share them. A finished one is a JSON file
 with all that was found for each prompt, and with the settings that it was made with: it is done as
 long as these are those of the row, whatever else changed.
 """
@@ -14,6 +15,7 @@ __all__ = ["Ablation", "RowsFailed", "record_of", "state_of"]
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -26,12 +28,20 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
+from filelock import FileLock
 
 from bf_lib import recipe_study
 from bf_lib.allocation import extended
 from bf_lib.artifacts import load_table
 from bf_lib.atomic import write_atomically
-from bf_lib.curriculum import FRONTIER, Row, Setting, ablation_rows, frontier_name
+from bf_lib.curriculum import (
+    FRONTIER,
+    Row,
+    Setting,
+    ablation_rows,
+    frontier_name,
+    result_rows,
+)
 from bf_lib.evaluation import challenges
 from bf_lib.examples import Examples, scene_examples
 from bf_lib.exams import Bench, Exam, Student
@@ -49,13 +59,24 @@ from bf_lib.reconstruction import Reconstruction
 from bf_lib.sampling import Sampler
 from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.sizes import size_report
+from bf_lib.study import Study
 from bf_lib.teaching import Teaching
 from bf_lib.timecache import cached_time_features, sampling_steps
 from bf_lib.training import TrainingFailed, load_ema, train
 
 DIGITS = 6  # that are kept of a number
+STUDY = Study.of("mini")
 SETTINGS = {
     "mini": Setting(),
+    # As long as notebooks 08 and 09 teach, which have one student.
+    "result": Setting(
+        scenes=STUDY.examples,
+        steps=STUDY.first_steps,
+        more_steps=STUDY.second_steps,
+        batch=STUDY.student_batch,
+        lr=STUDY.student_lr,
+        asked=(512, 300),
+    ),
     "smoke": Setting(
         scenes=8,
         steps=1,
@@ -81,14 +102,29 @@ class Ablation:
     work: Path  # of what is not finished: examples, checkpoints
 
     def tasks(self) -> list[tuple[Row, int]]:
-        """Lists rows and seeds; the first seed of all rows comes before the second of any."""
-        seeds = sorted({seed for row in self.rows for seed in row.seeds})
-        return [(row, seed) for seed in seeds for row in self.rows if seed in row.seeds]
+        """Lists rows and seeds: all rows of the first seed, then those of the next.
+
+        Of these, rows of one stage come before those of two, which may begin with what they left.
+        """
+        found = [(row, seed) for row in self.rows for seed in row.seeds]
+        return sorted(found, key=lambda task: (task[1], len(task[0].stages)))
 
     def file(self, row: Row, seed: int) -> Path:
         """Returns where a finished row is, or will be."""
         name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name.lower())
         return self.folder / f"{row.group.replace(' ', '-')}--{name.strip('-')}--{seed}.json"
+
+    def stage_folder(self, row: Row, seed: int, number: int) -> Path:
+        """Returns where a stage of a row is taught, which depends on what it is taught with."""
+        stages = row.stages[: number + 1]
+        examples = self.work / "examples"
+        made = {
+            "form": asdict(row.form),
+            "plans": [asdict(stage.plan(self.setting, seed)) for stage in stages],
+            "lessons": [asdict(stage.lesson(self.setting, examples)) for stage in stages],
+        }
+        digest = hashlib.sha256(json.dumps(made, default=str).encode()).hexdigest()[:16]
+        return self.work / f"stage{number + 1}-{digest}"
 
     def table(self) -> pd.DataFrame:
         """Returns columns row, group, seed, state ("done", "left" or "of other settings")."""
@@ -207,7 +243,18 @@ def _make(row: Row, seed: int) -> float:
         "found": {name: _rounded(value) for name, value in found.items()},
     }
     write_atomically(ablation.file(row, seed), json.dumps(record).encode())
+    _tidy(ablation, row, seed)
     return minutes
+
+
+def _tidy(ablation: Ablation, row: Row, seed: int) -> None:
+    """Removes the checkpoints of a finished row that no other row is to begin with."""
+    left = [task for task in ablation.tasks() if state_of(ablation, *task) != "done"]
+    needed = {ablation.stage_folder(*task, n) for task in left for n in range(len(task[0].stages))}
+    for number in range(len(row.stages)):
+        folder = ablation.stage_folder(row, seed, number)
+        if folder not in needed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rounded(value: object) -> object:
@@ -224,14 +271,15 @@ def taught(ablation: Ablation, row: Row, seed: int) -> UNet2DConditionModel:
         captions = Examples.load(examples).captions[: row.form.inputs]
         pipe = load_pipeline(setting.model)
         return row.form(pipe, [phrasings[0] for phrasings in captions], setting.sampler, seed)
-    for number, stage in enumerate(row.stages, 1):
-        folder = ablation.work / ablation.file(row, seed).stem / f"stage{number}"
+    for number, stage in enumerate(row.stages):
+        folder = ablation.stage_folder(row, seed, number)
         lesson = stage.lesson(setting, examples)
 
         def make(lesson: object = lesson, start: Path | None = start) -> Teaching:
             return Teaching(row.form, lesson, start)
 
-        train(make, stage.plan(setting, seed), folder)
+        with FileLock(folder.with_suffix(".lock")):  # another row may begin with the same stage
+            train(make, stage.plan(setting, seed), folder)
         start = folder
     torch.manual_seed(seed)  # as in training, for forms that begin with random numbers
     student = row.form(load_pipeline(setting.model).unet)
@@ -289,23 +337,25 @@ def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
     )
 
 
-def study_ablation(preset: str, setting: Setting) -> Ablation:
-    """Returns the ablation of a preset."""
+def study_ablation(name: str) -> Ablation:
+    """Returns one of the ablations of `SETTINGS`; "result" has rows of its own."""
+    setting = SETTINGS[name]
     pipe = load_pipeline(setting.model)
-    steps = len(sampling_steps(pipe.scheduler, setting.sampler.steps))
-    rows = ablation_rows(study_recipes(pipe.unet, steps))
-    work = ROOT / "build" / preset / "ablation"
-    return Ablation(setting, tuple(rows), ROOT / "data" / "ablation" / preset, work)
+    recipes = study_recipes(pipe.unet, len(sampling_steps(pipe.scheduler, setting.sampler.steps)))
+    rows = result_rows(recipes) if name == "result" else ablation_rows(recipes)
+    return Ablation(
+        setting, tuple(rows), ROOT / "data" / "ablation" / name, ROOT / "build" / "ablation" / name
+    )
 
 
 def main() -> int:
     """Makes what is left, or lists it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=sorted(SETTINGS), default="mini")
+    parser.add_argument("--rows", choices=sorted(SETTINGS), default="mini")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="say what is done and what is left")
     given = parser.parse_args()
-    ablation = study_ablation(given.preset, SETTINGS[given.preset])
+    ablation = study_ablation(given.rows)
     table = ablation.table()
     print(table.to_string(index=False) if given.list else table.state.value_counts().to_string())
     if given.list:

@@ -4,7 +4,16 @@ A row is taught with the same examples, batches and rates as all others; what it
 form and in its stages (BitsFusion, §4.2 and Tables 4 to 7).
 """
 
-__all__ = ["FRONTIER", "ONE_SEED", "Row", "Setting", "Stage", "ablation_rows", "frontier_name"]
+__all__ = [
+    "FRONTIER",
+    "ONE_SEED",
+    "Row",
+    "Setting",
+    "Stage",
+    "ablation_rows",
+    "frontier_name",
+    "result_rows",
+]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +66,7 @@ class Stage:
             steps=max(1, round(self.share * steps)),
             batch=setting.batch,
             lr=setting.lr,
-            warmup=20,
+            warmup=50,
             ema=0.99,
             weight_decay=0.0,
             rates=(("log_scale", setting.scale_rate),),
@@ -167,17 +176,37 @@ def ablation_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     groups = {"paper": paper, "ends": ends, "grids": grids, "training": training}
     groups |= {"baseline": baselines, "frontier": frontier, "one seed": single}
     return [
-        Row(
-            name=name,
-            group=group,
-            form=form,
-            stages=stages,
-            # Without chance there is nothing that a seed would change.
-            seeds=(0,) if group in ONE_SEED or is_certain(form, stages) else (0, 1, 2),
-        )
+        _row(name, group, form, stages)
         for group, entries in groups.items()
         for name, (form, stages) in entries.items()
     ]
+
+
+def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
+    """Returns the rows of the result: the smallest student, and what it is measured by.
+
+    Arguments:
+        recipes: As of `ablation_rows`.
+    """
+    recipe = recipes[frontier_name(FRONTIER[0])]
+    form, full = Form(levels=tuple(recipe.levels.items())), Form(kind="full")
+    first, second = Stage(), Stage(objective="noise")
+    rows = {
+        "full precision": (full, ()),
+        "not trained": (form, ()),
+        "Stage I": (form, (first,)),
+        "Stage II": (form, (first, second)),
+        "full precision, Stage II": (full, (second,)),
+    }
+    for weight in RATES:
+        rows[f"Stage II, rate {weight:g}"] = form, (first, replace(second, rate_weight=weight))
+    return [_row(name, "result", form, stages) for name, (form, stages) in rows.items()]
+
+
+def _row(name: str, group: str, form: Form | Reconstruction, stages: Sequence[Stage]) -> Row:
+    # Without chance there is nothing that a seed would change.
+    one = group in ONE_SEED or is_certain(form, stages)
+    return Row(name=name, group=group, form=form, stages=stages, seeds=(0,) if one else (0, 1, 2))
 
 
 def is_certain(form: Form | Reconstruction, stages: Sequence[Stage]) -> bool:

@@ -233,7 +233,7 @@ def study_plan(study: Study, seed: int, steps: int) -> Plan:
         steps=steps,
         batch=study.student_batch,
         lr=study.student_lr,
-        warmup=min(50, steps),
+        warmup=50,
         ema=0.99,
         weight_decay=0.0,
         seed=seed,

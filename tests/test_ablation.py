@@ -10,7 +10,15 @@ import torch
 from bf_lib import ablation as module
 from bf_lib.ablation import SETTINGS, Ablation, RowsFailed, record_of, state_of
 from bf_lib.ablation_study import finished, row_table
-from bf_lib.curriculum import FRONTIER, ONE_SEED, Row, Stage, ablation_rows, frontier_name
+from bf_lib.curriculum import (
+    FRONTIER,
+    ONE_SEED,
+    Row,
+    Stage,
+    ablation_rows,
+    frontier_name,
+    result_rows,
+)
 from bf_lib.forms import Form, as_stored
 from bf_lib.layers import list_layers
 from bf_lib.models import load_pipeline
@@ -85,6 +93,35 @@ def test_rows_hold_what_was_found_for_each_prompt(small):
         assert json.dumps(record["settings"]).count(",") < 200  # recipes are there by digest
 
 
+def test_rows_begin_with_the_same_first_stage(small, nine):
+    both = small.rows[1]
+    first = Row(name="Stage I", group="paper", form=nine, stages=both.stages[:1])
+    assert small.stage_folder(first, 0, 0) == small.stage_folder(both, 0, 0)
+    others = {
+        small.stage_folder(both, 0, 1),
+        small.stage_folder(both, 1, 0),
+        small.stage_folder(replace(first, form=replace(nine, scales="minmax")), 0, 0),
+        small.stage_folder(replace(first, stages=(Stage(dropped=0.0),)), 0, 0),
+        replace(small, setting=replace(small.setting, lr=1e-3)).stage_folder(first, 0, 0),
+    }
+    assert len(others) == 5 and small.stage_folder(first, 0, 0) not in others
+
+
+def test_checkpoints_are_kept_as_long_as_rows_need_them(small, nine, tmp_path):
+    both = small.rows[1]
+    first = Row(name="Stage I", group="paper", form=nine, stages=both.stages[:1], seeds=(0,))
+    made = Ablation(small.setting, (both, first), tmp_path / "rows", tmp_path)
+    rows = made.run(workers=1)
+    assert next(rows)[0] == first  # rows of one stage come first
+    kept = [path.name for path in tmp_path.glob("stage*") if path.is_dir()]
+    assert kept == [made.stage_folder(first, 0, 0).name]
+    log = (tmp_path / kept[0] / "log.csv").read_bytes()
+    assert [row for row, _, _ in rows] == [both]
+    assert [path for path in tmp_path.glob("stage*") if path.is_dir()] == []
+    alone = record_of(small, both, 0)["found"]  # which was taught from the beginning
+    assert log and record_of(made, both, 0)["found"]["mse"] == alone["mse"]
+
+
 def test_a_row_without_a_result_stops_no_other(small, nine, tmp_path):
     wild = Row(name="wild", group="control", form=nine, stages=(Stage(),), seeds=(0,))
     setting = replace(small.setting, lr=1e30)
@@ -139,8 +176,16 @@ def test_the_study_has_the_rows_of_the_paper_with_three_seeds(unet):
     assert all(row.seeds == (0, 1, 2) for row in rows if row.stages and row.group not in ONE_SEED)
     made = Ablation(SETTINGS["mini"], tuple(rows), module.ROOT, module.ROOT)
     assert len({made.file(row, seed) for row, seed in made.tasks()}) == len(made.tasks())
-    seeds = [seed for _, seed in made.tasks()]
-    assert seeds == sorted(seeds)
+    order = [(seed, len(row.stages)) for row, seed in made.tasks()]
+    assert order == sorted(order)
+
+
+def test_the_result_has_the_smallest_student_and_what_it_is_measured_by():
+    recipes = {name: Recipe({"a": 3}) for name in NAMES}
+    rows = {row.name: row for row in result_rows(recipes)}
+    assert {"full precision", "not trained", "Stage I", "Stage II"} <= set(rows)
+    assert rows["Stage II"].seeds == (0, 1, 2) and SETTINGS["result"].asked[0] >= 512
+    assert SETTINGS["result"].asked[1] != SETTINGS["mini"].asked[1]
 
 
 def test_finished_rows_are_read(small):
