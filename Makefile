@@ -89,8 +89,9 @@ $(ENV)/.installed: pyproject.toml constraints.txt
 
 reproduce: $(STUDY:%=$(B)/%.done)
 
+# Two notebooks at once, unless another number is asked for.
 smoke: $(READY)
-	@$(MAKE) --no-print-directory PRESET=smoke reproduce
+	@$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2) PRESET=smoke reproduce
 
 mini card: $(B)/$(MINI).done
 

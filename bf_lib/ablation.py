@@ -338,14 +338,20 @@ def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
 
 
 def study_ablation(name: str) -> Ablation:
-    """Returns one of the ablations of `SETTINGS`; "result" has rows of its own."""
-    setting = SETTINGS[name]
-    pipe = load_pipeline(setting.model)
-    recipes = study_recipes(pipe.unet, len(sampling_steps(pipe.scheduler, setting.sampler.steps)))
+    """Returns one of the ablations of `SETTINGS`; "result" has rows of its own.
+
+    Its recipes are kept, so that finished rows stay what they are when the study is run again.
+    """
+    setting, folder = SETTINGS[name], ROOT / "data" / "ablation"
+    kept = folder / "recipes.json"
+    if not kept.exists():
+        pipe = load_pipeline(setting.model)
+        steps = len(sampling_steps(pipe.scheduler, setting.sampler.steps))
+        found = {n: dict(r.levels) for n, r in study_recipes(pipe.unet, steps).items()}
+        write_atomically(kept, json.dumps(found, indent=0).encode())
+    recipes = {name: Recipe(levels) for name, levels in json.loads(kept.read_text()).items()}
     rows = result_rows(recipes) if name == "result" else ablation_rows(recipes)
-    return Ablation(
-        setting, tuple(rows), ROOT / "data" / "ablation" / name, ROOT / "build" / "ablation" / name
-    )
+    return Ablation(setting, tuple(rows), folder / name, ROOT / "build" / "ablation" / name)
 
 
 def main() -> int:
