@@ -32,7 +32,7 @@ from filelock import FileLock
 
 from bf_lib import recipe_study
 from bf_lib.allocation import extended
-from bf_lib.artifacts import load_table
+from bf_lib.artifacts import load_json, load_table
 from bf_lib.atomic import write_atomically
 from bf_lib.curriculum import (
     FRONTIER,
@@ -340,17 +340,24 @@ def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
 def study_ablation(name: str) -> Ablation:
     """Returns one of the ablations of `SETTINGS`; "result" has rows of its own.
 
-    Its recipes are kept, so that finished rows stay what they are when the study is run again.
+    What it takes of the study is kept, so that finished rows stay what they are when the study is
+    run again.
     """
     setting, folder = SETTINGS[name], ROOT / "data" / "ablation"
-    kept = folder / "recipes.json"
+    kept = folder / "inputs.json"
     if not kept.exists():
         pipe = load_pipeline(setting.model)
         steps = len(sampling_steps(pipe.scheduler, setting.sampler.steps))
-        found = {n: dict(r.levels) for n, r in study_recipes(pipe.unet, steps).items()}
+        levels = {n: dict(recipe.levels) for n, recipe in study_recipes(pipe.unet, steps).items()}
+        measured = load_json(runs_folder("mini", "08_stage1_distillation") / "fitted_density.json")
+        found = {"levels": levels, "measured_density": measured}
         write_atomically(kept, json.dumps(found, indent=0).encode())
-    recipes = {name: Recipe(levels) for name, levels in json.loads(kept.read_text()).items()}
-    rows = result_rows(recipes) if name == "result" else ablation_rows(recipes)
+    inputs = json.loads(kept.read_text())
+    recipes = {recipe: Recipe(levels) for recipe, levels in inputs["levels"].items()}
+    if name == "result":
+        rows = result_rows(recipes)
+    else:
+        rows = ablation_rows(recipes, inputs["measured_density"])
     return Ablation(setting, tuple(rows), folder / name, ROOT / "build" / "ablation" / name)
 
 

@@ -100,7 +100,7 @@ class Row:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-def ablation_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
+def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> list[Row]:
     """Returns the rows: the paper's in its order, the controls, the baselines, and the frontier.
 
     The paper's rows have its bits and its rule. At these `mini` has all but nothing left to learn,
@@ -109,7 +109,8 @@ def ablation_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     Arguments:
         recipes: By name: "3" and "5", all layers with so many levels; "eta 0", "eta 0.3" and
             "eta 0.5" by the paper's rule, of 1.99 paper bits; "optimum" of notebook 06, as large;
-            "optimum as large as 5"; and optima by their stored bits, as `frontier_bits` says.
+            "optimum as large as 5"; and optima by their stored bits, as `frontier_name` says.
+        measured: The density of time-steps that is fitted to a measured error (Eq. 9).
     """
     forms = {name: Form(levels=tuple(recipe.levels.items())) for name, recipe in recipes.items()}
     base = Stage(feature_weight=0.0, density=tuple(uniform().tolist()))
@@ -146,6 +147,7 @@ def ablation_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     training = {
         "no features": (replace(first, feature_weight=0.0),),
         "uniform times": (features,),
+        "times by measured error": (replace(first, density=tuple(measured)),),
         "captions never dropped": (replace(first, dropped=0.0),),
         "guided output distilled": (replace(first, objective="guided"),),
         "noise predicted in Stage I": (replace(second, share=2.0),),

@@ -25,6 +25,7 @@ from bf_lib.models import load_pipeline
 from bf_lib.packed_unets import pack_student
 from bf_lib.recipe import Recipe
 from bf_lib.student import quantize
+from bf_lib.times import uniform
 
 NAMES = ["3", "5", "optimum", "optimum as large as 5", "eta 0", "eta 0.3", "eta 0.5"]
 NAMES += [frontier_name(bits) for bits in FRONTIER]
@@ -170,7 +171,7 @@ def test_what_is_examined_is_what_is_packed(unet, nine):
 
 def test_the_study_has_the_rows_of_the_paper_with_three_seeds(unet):
     recipes = {name: Recipe({layer.name: 3 for layer in list_layers(unet)}) for name in NAMES}
-    rows = ablation_rows(recipes)
+    rows = ablation_rows(recipes, uniform().tolist())
     assert [row.name for row in rows][:3] == ["QAT-Base", "+ balance", "+ alternating scales"]
     assert len({row.name for row in rows}) == len(rows)
     assert all(row.seeds == (0, 1, 2) for row in rows if row.stages and row.group not in ONE_SEED)

@@ -19,6 +19,7 @@ from bf_lib.ablation_study import (
 )
 from bf_lib.curriculum import FRONTIER, ablation_rows, frontier_name
 from bf_lib.recipe import Recipe
+from bf_lib.times import uniform
 
 
 def row(name: str, values: np.ndarray) -> Finished:
@@ -86,5 +87,6 @@ def test_verdicts_follow_the_intervals():
 def test_claims_are_about_rows_that_there_are():
     names = ["3", "5", "optimum", "optimum as large as 5", "eta 0", "eta 0.3", "eta 0.5"]
     names += [frontier_name(bits) for bits in FRONTIER]
-    rows = {row.name for row in ablation_rows({name: Recipe({"a": 3}) for name in names})}
+    recipes = {name: Recipe({"a": 3}) for name in names}
+    rows = {row.name for row in ablation_rows(recipes, uniform().tolist())}
     assert {claim.better for claim in CLAIMS} | {claim.worse for claim in CLAIMS} <= rows
