@@ -116,12 +116,12 @@ class Ablation:
 
     def stage_folder(self, row: Row, seed: int, number: int) -> Path:
         """Returns where a stage of a row is taught, which depends on what it is taught with."""
-        stages = row.stages[: number + 1]
+        stages, setting = row.stages[: number + 1], row.setting(self.setting)
         examples = self.work / "examples"
         made = {
             "form": asdict(row.form),
-            "plans": [asdict(stage.plan(self.setting, seed)) for stage in stages],
-            "lessons": [asdict(stage.lesson(self.setting, examples)) for stage in stages],
+            "plans": [asdict(stage.plan(setting, seed)) for stage in stages],
+            "lessons": [asdict(stage.lesson(setting, examples)) for stage in stages],
         }
         digest = hashlib.sha256(json.dumps(made, default=str).encode()).hexdigest()[:16]
         return self.work / f"stage{number + 1}-{digest}"
@@ -265,7 +265,7 @@ def _rounded(value: object) -> object:
 
 def taught(ablation: Ablation, row: Row, seed: int) -> UNet2DConditionModel:
     """Returns the student of a row after its stages, with averaged weights."""
-    setting, start = ablation.setting, None
+    setting, start = row.setting(ablation.setting), None
     examples = ablation.examples()
     if isinstance(row.form, Reconstruction):
         captions = Examples.load(examples).captions[: row.form.inputs]

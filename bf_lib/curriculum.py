@@ -28,7 +28,8 @@ from bf_lib.times import beta, uniform
 from bf_lib.training import Plan
 
 FRONTIER = (1.83, 2.0, 2.3, 3.0, 4.0)  # stored bits of students of both stages
-ONE_SEED = ("frontier", "one seed")  # groups, of points along a line and of single values
+# Groups of points along a line, of values of the paper's, and of what it does not say.
+ONE_SEED = ("frontier", "one seed", "choices")
 RATES = (0.003, 0.01)  # weights of a rate term in Stage II of the smallest
 
 
@@ -38,11 +39,12 @@ class Setting:
 
     model: str = "mini"
     scenes: int = 20_000  # examples
-    steps: int = 300  # of Stage I
-    more_steps: int = 150  # of Stage II
+    steps: int = 200  # of Stage I
+    more_steps: int = 100  # of Stage II
     batch: int = 16
     lr: float = 3e-4
     scale_rate: float = 1.0  # learning rate of scales, times the others'
+    ema: float = 0.99  # decay of the average of weights that is kept; 0 keeps the last
     relative: bool = True  # whether features of a block count relative to the teacher's
     asked: tuple[int, int] = (128, 200)  # challenges of each task, and their seed
     sampler: Sampler = Sampler(steps=8, guidance=4.0, batch=16)
@@ -67,7 +69,7 @@ class Stage:
             batch=setting.batch,
             lr=setting.lr,
             warmup=50,
-            ema=0.99,
+            ema=setting.ema,
             weight_decay=0.0,
             rates=(("log_scale", setting.scale_rate),),
             save_every=100,
@@ -97,7 +99,12 @@ class Row:
     group: str
     form: Form | Reconstruction
     stages: tuple[Stage, ...] = ()
+    changed: tuple[tuple[str, float], ...] = ()  # of the setting, for this row alone
     seeds: tuple[int, ...] = (0, 1, 2)
+
+    def setting(self, shared: Setting) -> Setting:
+        """Returns the setting of this row."""
+        return replace(shared, **dict(self.changed))
 
 
 def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> list[Row]:
@@ -174,13 +181,25 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
         **{f"alpha {a:g}": replace(first, density=tuple(beta(a).tolist())) for a in (1.5, 2.0)},
     }
     single = {f"3 levels, {name}": (three, (stage,)) for name, stage in values.items()}
+    choices = {
+        "3 levels, rate 1e-3": ("lr", 1e-3),
+        "3 levels, rate 1e-4": ("lr", 1e-4),
+        "3 levels, scales ten times as fast": ("scale_rate", 10.0),
+        "3 levels, scales a tenth as fast": ("scale_rate", 0.1),
+        "3 levels, features not relative": ("relative", False),
+        "3 levels, weights not averaged": ("ema", 0.0),
+    }
     single |= {f"eta {eta:g}": (forms[f"eta {eta:g}"], (first,)) for eta in (0.0, 0.5)}
     groups = {"paper": paper, "ends": ends, "grids": grids, "training": training}
     groups |= {"baseline": baselines, "frontier": frontier, "one seed": single}
-    return [
+    rows = [
         _row(name, group, form, stages)
         for group, entries in groups.items()
         for name, (form, stages) in entries.items()
+    ]
+    return rows + [
+        replace(_row(name, "choices", three, (first,)), changed=(change,))
+        for name, change in choices.items()
     ]
 
 
