@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,6 +52,7 @@ from bf_lib.packed_unets import pack_student, save_packed
 from bf_lib.paths import ROOT, runs_folder
 from bf_lib.processes import end_with_parent, make_deterministic
 from bf_lib.progress import duration
+from bf_lib.protocol import study_setting
 from bf_lib.provenance import versions
 from bf_lib.recipe import Recipe
 from bf_lib.recipe_study import Choices, by_optimum, by_rule, error_table
@@ -65,18 +66,10 @@ from bf_lib.timecache import cached_time_features, sampling_steps
 from bf_lib.training import TrainingFailed, load_ema, train
 
 DIGITS = 6  # that are kept of a number
-STUDY = Study.of("mini")
 SETTINGS = {
     "mini": Setting(),
     # As long as notebooks 08 and 09 teach, which have one student.
-    "result": Setting(
-        scenes=STUDY.examples,
-        steps=STUDY.first_steps,
-        more_steps=STUDY.second_steps,
-        batch=STUDY.student_batch,
-        lr=STUDY.student_lr,
-        asked=(512, 300),
-    ),
+    "result": replace(study_setting(Study.of("mini")), asked=(512, 300)),
     "smoke": Setting(
         scenes=8,
         steps=1,
@@ -120,7 +113,7 @@ class Ablation:
         examples = self.work / "examples"
         made = {
             "form": asdict(row.form),
-            "plans": [asdict(stage.plan(setting, seed)) for stage in stages],
+            "plans": [asdict(stage.plan(setting, seed, n)) for n, stage in enumerate(stages)],
             "lessons": [asdict(stage.lesson(setting, examples)) for stage in stages],
         }
         digest = hashlib.sha256(json.dumps(made, default=str).encode()).hexdigest()[:16]
@@ -279,9 +272,10 @@ def taught(ablation: Ablation, row: Row, seed: int) -> UNet2DConditionModel:
             return Teaching(row.form, lesson, start)
 
         with FileLock(folder.with_suffix(".lock")):  # another row may begin with the same stage
-            train(make, stage.plan(setting, seed), folder)
+            train(make, stage.plan(setting, seed, number), folder)
         start = folder
-    torch.manual_seed(seed)  # as in training, for forms that begin with random numbers
+    first = row.stages[0].plan(setting, seed).seed if row.stages else seed
+    torch.manual_seed(first)  # as in training, for forms that begin with random numbers
     student = row.form(load_pipeline(setting.model).unet)
     return student if start is None else load_ema(student, start)
 

@@ -28,6 +28,7 @@ from bf_lib.times import beta, uniform
 from bf_lib.training import Plan
 
 FRONTIER = (1.83, 2.0, 2.3, 3.0, 4.0)  # stored bits of students of both stages
+STAGES = 2  # at most
 # Groups of points along a line, of values of the paper's, and of what it does not say.
 ONE_SEED = ("frontier", "one seed", "choices")
 RATES = (0.003, 0.01)  # weights of a rate term in Stage II of the smallest
@@ -61,8 +62,8 @@ class Stage:
     dropped: float = 0.1  # of the captions
     density: tuple[float, ...] = tuple(beta(3.0).tolist())  # of time-steps; the paper's
 
-    def plan(self, setting: Setting, seed: int) -> Plan:
-        """Returns how long and how fast it is taught."""
+    def plan(self, setting: Setting, seed: int, number: int = 0) -> Plan:
+        """Returns how long and how fast it is taught, as the first stage or as a later one."""
         steps = setting.more_steps if self.objective == "noise" else setting.steps
         return Plan(
             steps=max(1, round(self.share * steps)),
@@ -73,7 +74,7 @@ class Stage:
             weight_decay=0.0,
             rates=(("log_scale", setting.scale_rate),),
             save_every=100,
-            seed=seed,
+            seed=STAGES * seed + number,  # each stage draws other numbers
         )
 
     def lesson(self, setting: Setting, examples: Path) -> Lesson:

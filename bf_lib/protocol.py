@@ -9,6 +9,7 @@ __all__ = [
     "study_layers",
     "study_plan",
     "study_prompts",
+    "study_setting",
     "study_sweep",
     "study_trials",
     "training_captions",
@@ -25,6 +26,7 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from bf_lib.allocation import extended
+from bf_lib.curriculum import Setting, Stage
 from bf_lib.evaluation import challenges
 from bf_lib.examples import folder_examples, scene_examples
 from bf_lib.exams import Exam, Student
@@ -227,14 +229,19 @@ def study_examples(
     return scene_examples(study.model, study.examples, folder, processes=study.workers or 1)
 
 
-def study_plan(study: Study, seed: int, steps: int) -> Plan:
-    """Returns how a student of the study is taught for so many steps."""
-    return Plan(
-        steps=steps,
+def study_plan(study: Study, seed: int, stage: int) -> Plan:
+    """Returns how a student of the study is taught in Stage I or II, as the ablation's are."""
+    lesson = Stage(objective="noise" if stage == 2 else "distillation")
+    return lesson.plan(study_setting(study), seed, stage - 1)
+
+
+def study_setting(study: Study) -> Setting:
+    """Returns what trainings of the study share."""
+    return Setting(
+        model=study.model,
+        scenes=study.examples,
+        steps=study.first_steps,
+        more_steps=study.second_steps,
         batch=study.student_batch,
         lr=study.student_lr,
-        warmup=50,
-        ema=0.99,
-        weight_decay=0.0,
-        seed=seed,
     )

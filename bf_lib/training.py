@@ -1,8 +1,9 @@
 """A small training loop: data-parallel over processes, resumable, the same result after a kill.
 
-Every random choice is drawn from a generator seeded by (seed, process, step), so a run that was
-killed and resumed from its last checkpoint ends with the same weights as one that was not. On CPU
-two single-thread processes do about 1.3 times the work of one with two threads; each draws its own
+Every random choice is drawn from a generator that is seeded by a digest of (seed, process, step):
+of a longer seed, torch's on the CPU would look at 32 bits alone. So a run that was killed and
+resumed from its last checkpoint ends with the same weights as one that was not. On CPU two
+single-thread processes do about 1.3 times the work of one with two threads; each draws its own
 part of the batch, so their number is part of what a training is.
 
 Processes, devices and precision are those of `accelerate`: `fit` starts processes on this machine,
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
@@ -172,20 +174,23 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
         weight_decay=plan.weight_decay,
         fused=True,
     )
-    first = _restore(folder, state, names, params, ema, optimizer)
+    first = _restore(folder, state, names, params, ema, optimizer, accelerator.reduce)
     log = _Log(folder / "log.csv", first, plan.steps) if accelerator.is_main_process else None
     steps = range(first, plan.steps)
     for step in progress(steps, desc=f"train {folder.name}") if log else steps:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step) * group["factor"]
-        seed = ((plan.seed * 64 + rank) << 32) + step
+        seed = seed_of(plan.seed, rank, step)
         with accelerator.autocast():
             scalars = task.loss(step, plan.batch // world, torch.Generator().manual_seed(seed))
         optimizer.zero_grad(set_to_none=False)
         scalars["loss"].backward()
+        mine = nn.utils.get_total_norm([p.grad for p in params]).isfinite()
         _average_gradients(accelerator, params)
         norm = nn.utils.get_total_norm([p.grad for p in params])
         if not torch.isfinite(norm):  # before clipping, which would make all of them NaN
+            if mine:  # another process is at fault, and names the layer
+                accelerator.wait_for_everyone()
             where = _first_broken(task, step, plan.batch // world, seed, trained)
             raise TrainingFailed(f"the gradient is not finite at step {step}: {where}")
         nn.utils.clip_grads_with_norm_(params, plan.clip, norm)
@@ -198,6 +203,11 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
                 _save(folder, state, step + 1, names, params, ema, optimizer)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def seed_of(seed: int, rank: int, step: int) -> int:
+    """Returns the seed of what a process draws in a step, of 32 bits."""
+    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
 
 
 def load_ema(model: nn.Module, folder: Path) -> nn.Module:
@@ -302,6 +312,7 @@ def _restore(
     params: tuple[nn.Parameter, ...],
     ema: list[Tensor],
     optimizer: torch.optim.Optimizer,
+    reduce: Callable[[Tensor, str], Tensor],
 ) -> int:
     """Loads the checkpoint; returns the next step, 0 where there is none of this state."""
     path = folder / "checkpoint.safetensors"
@@ -309,16 +320,18 @@ def _restore(
         return 0
     tensors, saved = _read(path)
     step = saved.pop("step")
-    if not _same(saved, state):
+    # All go on or none: of losses that differ in a last digit, processes could judge differently.
+    same = torch.tensor([float(_same(saved, state))], device=params[0].device)
+    if float(reduce(same, "mean")) < 1:
         return 0
     with torch.no_grad():
         for name, param, average in zip(names, params, ema, strict=True):
             param.copy_(tensors[f"now/{name}"])
             average.copy_(tensors[f"ema/{name}"])
             optimizer.state[param] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"mean/{name}"].clone(),
-                "exp_avg_sq": tensors[f"square/{name}"].clone(),
+                "step": torch.tensor(float(step), device=param.device),  # as fused AdamW has it
+                "exp_avg": tensors[f"mean/{name}"].to(param.device, copy=True),
+                "exp_avg_sq": tensors[f"square/{name}"].to(param.device, copy=True),
             }
     return step
 

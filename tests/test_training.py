@@ -167,6 +167,35 @@ class Same(Line):
         return super().loss(step, size, torch.Generator().manual_seed(step))
 
 
+class Noting(Line):
+    """Writes down what it draws, but for the losses before training."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.calls = folder, 0
+
+    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if self.calls:
+            drawn = torch.randn(size, generator=generator.clone_state()).tolist()
+            with (self.folder / f"{os.getpid()}.txt").open("a") as file:
+                file.write(" ".join(map(str, drawn)) + "\n")
+        self.calls += 1
+        return super().loss(step, size, generator)
+
+
+def test_seeds_processes_and_steps_draw_other_numbers(tmp_path):
+    plan = replace(PLAN, steps=3)
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        fit(partial(Noting, folder), replace(plan, seed=seed), folder, processes=2)
+        assert len(list(folder.glob("*.txt"))) == 2
+    files = tmp_path.glob("*/*.txt")
+    lines = [line.split() for file in files for line in file.read_text().splitlines()]
+    assert len(lines) == 2 * 2 * 3 and {len(line) for line in lines} == {4}
+    assert len({number for line in lines for number in line}) == 2 * 2 * 3 * 4
+
+
 def test_an_infinite_loss_stops_with_the_last_checkpoint_whole(tmp_path):
     with pytest.raises(ProcessRaisedException, match="not finite at step 30"):
         fit(partial(Line, breaks=30), PLAN, tmp_path, processes=1)
