@@ -5,7 +5,7 @@ __all__ = [
     "SCORES",
     "Finished",
     "PaperClaim",
-    "bootstrap",
+    "Spread",
     "claim_table",
     "difference",
     "difference_table",
@@ -13,20 +13,25 @@ __all__ = [
     "row_table",
 ]
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
+from scipy.stats import t as student_t
 
 from bf_lib.ablation import Ablation, record_of, state_of
+from bf_lib.curriculum import is_certain
 
 # score of a prompt -> 1 if more is better, -1 if less is
 SCORES = {"clip": 1, "passed": 1, "mse": -1}
 SIZES = ("paper_bits", "stored_bits", "stored_mb", "coded_bits")
-SAMPLES = 2000  # of a bootstrap
 REPRODUCED, NOT_REPRODUCED = "reproduced on mini", "not reproduced"
 NOISE, LEFT = "not distinguishable from noise", "not finished"
+ALONE = "one training each"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +44,7 @@ class Finished:
     stored_bits: float
     stored_mb: float
     coded_bits: float  # of the entropy-coded file, if there is one; a mean over trainings
+    trained: bool  # or the same for each seed
     scores: Mapping[str, np.ndarray]  # name -> (seeds, prompts)
 
     @property
@@ -57,48 +63,57 @@ def finished(ablation: Ablation) -> dict[str, Finished]:
             sizes = {name: records[0][name] for name in ("paper_bits", "stored_bits", "stored_mb")}
             sizes["coded_bits"] = float(np.mean([r["coded_bits"] or np.nan for r in records]))
             scores = {s: np.array([r["found"][s] for r in records], float) for s in SCORES}
-            found[row.name] = Finished(row.name, row.group, **sizes, scores=scores)
+            trained = not is_certain(row.form, row.stages)
+            found[row.name] = Finished(
+                row.name, row.group, **sizes, trained=trained, scores=scores
+            )
     return found
 
 
-def bootstrap(first: np.ndarray, second: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
-    """Resamples a mean, or the difference of two means, over trainings and prompts.
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How much the mean score of a row varies from training to training, by all rows together."""
 
-    Prompts are resampled together, since both sides draw the same ones from the same seeds;
-    trainings are resampled by themselves. Means of n trainings that are resampled vary by a factor
-    (n - 1) / n too little, which with three is much, so their deviations are stretched by as much.
+    variance: float
+    freedom: int  # degrees of it; 0 if no row has two trainings
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Finished], score: str) -> Self:
+        """Pools the variance of the trainings of all rows, as an analysis of variance does."""
+        means = [row.scores[score].mean(axis=1) for row in rows.values() if row.seeds > 1]
+        freedom = sum(len(values) - 1 for values in means)
+        squares = sum(float(((values - values.mean()) ** 2).sum()) for values in means)
+        return cls(squares / freedom if freedom else math.nan, freedom)
+
+
+def difference(
+    first: Finished, second: Finished | None, score: str, spread: Spread
+) -> dict[str, float]:
+    """Returns by how much the first row's mean is above the second's, with its 95 % interval.
+
+    Two things make it uncertain: which prompts were asked, of which both sides have the same, from
+    the same noise, so that differences of pairs count; and by what luck each was trained, whose
+    variance is that of all rows. The interval is Student's, with the degrees of freedom of the
+    latter. Where no row has two trainings, it is over prompts alone.
 
     Arguments:
-        first: Scores with shape (trainings, prompts).
-        second: What is to be subtracted, with as many prompts.
-        seed: Of the resampling.
-
-    Returns:
-        The resampled values, with shape (samples,).
+        first: A row.
+        second: Another; None gives the interval of the first one's mean.
+        score: One of `SCORES`.
+        spread: That of all rows, in this score.
     """
-    rng = np.random.default_rng(seed)
-    prompts = first.shape[1]
-    weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), SAMPLES) / prompts
-
-    def means(scores: np.ndarray) -> np.ndarray:
-        count = len(scores)
-        trainings = rng.multinomial(count, np.full(count, 1 / count), SAMPLES) / count
-        stretched = (trainings - 1 / count) * (count / max(1, count - 1)) ** 0.5 + 1 / count
-        return ((weights @ scores.T) * stretched).sum(axis=1)
-
-    return means(first) - (0 if second is None else means(second))
-
-
-def _interval(samples: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def difference(first: Finished, second: Finished, score: str) -> dict[str, float]:
-    """Returns by how much the first row's mean is above the second's, with its 95 % interval."""
-    a, b = first.scores[score], second.scores[score]
-    low, high = _interval(bootstrap(a, b))
-    return {"value": float(a.mean() - b.mean()), "low": low, "high": high}
+    values = first.scores[score].mean(axis=0)
+    if second is not None:
+        values = values - second.scores[score].mean(axis=0)
+    rows = [first] if second is None else [first, second]
+    variance = values.var(ddof=1) / len(values)
+    quantile = norm.ppf(0.975)
+    if spread.freedom and any(row.trained for row in rows):
+        variance += sum(spread.variance / row.seeds for row in rows if row.trained)
+        quantile = student_t.ppf(0.975, spread.freedom)
+    half = float(quantile * variance**0.5)
+    value = float(values.mean())
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def difference_table(
@@ -112,14 +127,20 @@ def difference_table(
         Columns name, over, seeds (the fewer of both), score, value, low and high (95 %).
     """
     columns = ["name", "over", "seeds", "score", "value", "low", "high"]
+    spreads = {score: Spread.of(rows, score) for score in scores}
     records = [
-        {"name": a, "over": b, "seeds": min(rows[a].seeds, rows[b].seeds), "score": score}
-        | difference(rows[a], rows[b], score)
+        {"name": a, "over": b, "seeds": _fewest(rows[a], rows[b]), "score": score}
+        | difference(rows[a], rows[b], score, spreads[score])
         for score in scores
         for a, b in pairs
         if a in rows and b in rows
     ]
     return pd.DataFrame(records, columns=columns)
+
+
+def _fewest(*rows: Finished) -> int:
+    """Returns the least number of trainings of rows that are trained at all."""
+    return min((row.seeds for row in rows if row.trained), default=1)
 
 
 def row_table(rows: Mapping[str, Finished]) -> pd.DataFrame:
@@ -129,14 +150,13 @@ def row_table(rows: Mapping[str, Finished]) -> pd.DataFrame:
         Columns row, group, seeds, paper_bits, stored_bits, stored_mb, coded_bits, score, value,
         low and high (95 %, over trainings and prompts).
     """
+    spreads = {score: Spread.of(rows, score) for score in SCORES}
     records = []
     for row in rows.values():
         about = {"row": row.name, "group": row.group, "seeds": row.seeds}
         about |= {name: getattr(row, name) for name in SIZES}
-        for score, values in row.scores.items():
-            low, high = _interval(bootstrap(values))
-            found = {"score": score, "value": float(values.mean()), "low": low, "high": high}
-            records.append(about | found)
+        for score, spread in spreads.items():
+            records.append(about | {"score": score} | difference(row, None, score, spread))
     return pd.DataFrame(records)
 
 
@@ -192,9 +212,23 @@ CLAIMS = (
     PaperClaim("over EfficientDM of 2 bits", "+ Stage II", "LoRA, 2 bits", 0.0294, "Table 3"),
     PaperClaim("over palettes of 2 bits", "+ Stage II", "palettes, 2 bits", 0.0189, "Table 3"),
     PaperClaim(
-        "CFG-aware distillation over noise prediction",
-        "3 levels",
+        "better than full precision with its data and steps",
+        "+ Stage II",
+        "full precision, Stage II",
+        None,
+        "no such row",
+    ),
+    PaperClaim(
+        "distillation over noise prediction",
+        "3 levels, no features",
         "3 levels, noise predicted in Stage I",
+        None,
+        "§4.2",
+    ),
+    PaperClaim(
+        "captions dropped in distillation",
+        "3 levels",
+        "3 levels, captions never dropped",
         None,
         "§4.2",
     ),
@@ -219,8 +253,10 @@ def claim_table(
         Columns claim, source, paper (of the CLIP score), score, value, low, high, seeds (the
         fewer of both rows) and verdict: "reproduced on mini" if all of the interval is on the
         claim's side of zero, "not reproduced" if it is on the other, else "not distinguishable
-        from noise"; "not finished" where a row is missing.
+        from noise"; "not finished" where a row is missing, and "one training each" as long as
+        no row has two. Of twenty claims one interval is beside zero by chance.
     """
+    spreads = {score: Spread.of(rows, score) for score in scores}
     records = []
     for claim in claims:
         pair = rows.get(claim.better), rows.get(claim.worse)
@@ -229,9 +265,9 @@ def claim_table(
             if None in pair:
                 records.append(about | {"score": score, "verdict": LEFT})
                 continue
-            found = difference(*pair, score)
-            seeds = min(row.seeds for row in pair)
-            verdict = _verdict(found, SCORES[score])
+            found, seeds = difference(*pair, score, spreads[score]), _fewest(*pair)
+            known = spreads[score].freedom or not any(row.trained for row in pair)
+            verdict = _verdict(found, SCORES[score]) if known else ALONE
             records.append(about | {"score": score} | found | {"seeds": seeds, "verdict": verdict})
     columns = ["claim", "source", "paper", "score", "value", "low", "high", "seeds", "verdict"]
     return pd.DataFrame(records, columns=columns)

@@ -1,9 +1,12 @@
 """What is said of the ablation: intervals that cover, differences of pairs, verdicts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from bf_lib.ablation_study import (
+    ALONE,
     CLAIMS,
     LEFT,
     NOISE,
@@ -12,19 +15,19 @@ from bf_lib.ablation_study import (
     SCORES,
     Finished,
     PaperClaim,
-    bootstrap,
+    Spread,
     claim_table,
     difference,
-    row_table,
+    difference_table,
 )
 from bf_lib.curriculum import FRONTIER, ablation_rows, frontier_name
 from bf_lib.recipe import Recipe
 from bf_lib.times import uniform
 
 
-def row(name: str, values: np.ndarray) -> Finished:
+def row(name: str, values: np.ndarray, trained: bool = True) -> Finished:
     scores = {"clip": values, "passed": values, "mse": -values}
-    return Finished(name, "paper", 1.9, 2.1, 3.6, 2.0, scores)
+    return Finished(name, "paper", 1.9, 2.1, 3.6, 2.0, trained, scores)
 
 
 def drawn(mean: float, seeds: int = 3, prompts: int = 200, seed: int = 0, spread: float = 0.0):
@@ -35,36 +38,67 @@ def drawn(mean: float, seeds: int = 3, prompts: int = 200, seed: int = 0, spread
     return mean + easy + own + spread * rng.normal(size=(seeds, 1))
 
 
-def test_a_row_differs_from_itself_by_nothing():
-    a = row("a", drawn(0.0, seeds=1))
-    assert difference(a, a, "clip") == {"value": 0.0, "low": 0.0, "high": 0.0}
+def of(*rows: Finished) -> Spread:
+    return Spread.of({row.name: row for row in rows}, "clip")
+
+
+def test_a_row_that_is_not_trained_differs_from_itself_by_nothing():
+    a = row("a", drawn(0.0, seeds=1), trained=False)
+    assert difference(a, a, "clip", of(a)) == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_pairs_tell_more_than_each_by_itself():
     a, b = row("a", drawn(0.3)), row("b", drawn(0.0, seed=1))
-    found = difference(a, b, "clip")
+    found = difference(a, b, "clip", of(a, b))
     assert found["value"] == pytest.approx(0.3, abs=0.03)
-    alone = row_table({"a": a}).set_index("score").loc["clip"]
-    assert found["high"] - found["low"] < 0.3 * (alone.high - alone.low)
-    assert alone.low < alone.value < alone.high
+    alone = difference(a, None, "clip", of(a, b))
+    assert found["high"] - found["low"] < 0.5 * (alone["high"] - alone["low"])
+    assert alone["low"] < alone["value"] < alone["high"]
 
 
-def test_intervals_cover_what_they_are_of():
-    """Of a hundred differences of two rows that are alike, some five intervals are beside zero."""
-    outside = dict.fromkeys((3, 12), 0)
-    for seeds in outside:
-        for seed in range(100):
-            a, b = (drawn(0.0, seeds=seeds, seed=2 * seed + i, spread=0.2) for i in range(2))
-            low, high = np.quantile(bootstrap(a, b, seed), [0.025, 0.975])
-            outside[seeds] += not low <= 0 <= high
-    assert 1 <= outside[12] <= 14
-    assert 1 <= outside[3] <= 18
+def test_the_spread_of_trainings_is_pooled():
+    values = [np.array([[0.0], [2.0]]), np.array([[5.0], [6.0], [7.0]]), np.array([[9.0]])]
+    found = of(*(row(str(i), value) for i, value in enumerate(values)))
+    assert found.freedom == 3
+    assert found.variance == pytest.approx((1 + 1 + 1 + 0 + 1) / 3)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_cover_what_they_are_of(seeds):
+    """Of a hundred differences of two rows that are alike, some five intervals are beside zero.
+
+    So it is for rows of one training, if others say how much trainings vary.
+    """
+    outside = 0
+    for seed in range(100):
+        names = "abcdefgh"
+        others = [
+            row(name, drawn(0.0, 3, seed=1000 * seed + i, spread=0.2))
+            for i, name in enumerate(names)
+        ]
+        a, b = (
+            row(name, drawn(0.0, seeds, seed=1000 * seed + 100 + i, spread=0.2))
+            for i, name in enumerate("xy")
+        )
+        found = difference(a, b, "clip", of(a, b, *others))
+        outside += not found["low"] <= 0 <= found["high"]
+    assert 1 <= outside <= 12
 
 
 def test_trainings_that_differ_make_intervals_wider():
-    pairs = [(drawn(0.0, seed=1, spread=s), drawn(0.0, seed=2, spread=s)) for s in (0.0, 1.0)]
-    widths = [np.ptp(np.quantile(bootstrap(a, b), [0.025, 0.975])) for a, b in pairs]
+    widths = []
+    for spread in (0.0, 1.0):
+        a, b = (row(n, drawn(0.0, seed=i, spread=spread)) for i, n in enumerate("ab", 1))
+        found = difference(a, b, "clip", of(a, b))
+        widths.append(found["high"] - found["low"])
     assert widths[1] > 3 * widths[0]
+
+
+def test_pairs_that_are_not_there_are_left_out():
+    rows = {name: row(name, drawn(i, seed=i)) for i, name in enumerate("ab")}
+    table = difference_table(rows, [("b", "a"), ("b", "c")], ["clip"])
+    assert table[["name", "over", "seeds"]].values.tolist() == [["b", "a", 3]]
+    assert table.value[0] == pytest.approx(1.0, abs=0.05)
 
 
 def test_verdicts_follow_the_intervals():
@@ -82,6 +116,14 @@ def test_verdicts_follow_the_intervals():
     for score in SCORES:  # of the errors, less is better
         wanted = {"yes": REPRODUCED, "no": NOT_REPRODUCED, "perhaps": NOISE, "later": LEFT}
         assert table[score].to_dict() == wanted
+
+
+def test_one_training_each_says_nothing():
+    rows = {name: row(name, drawn(i, seeds=1, seed=i)) for i, name in enumerate("ab")}
+    claim = PaperClaim("yes", "b", "a", 0.1, "Table 4")
+    assert set(claim_table(rows, [claim]).verdict) == {ALONE}
+    still = {name: replace(r, trained=False) for name, r in rows.items()}
+    assert set(claim_table(still, [claim]).verdict) == {REPRODUCED}
 
 
 def test_claims_are_about_rows_that_there_are():
