@@ -43,6 +43,8 @@ class Setting:
     steps: int = 200  # of Stage I
     more_steps: int = 100  # of Stage II
     batch: int = 16
+    accumulate: int = 1  # parts of a batch, one after the other
+    precision: str = "no"  # of the forward pass: that of the weights, or "bf16"
     lr: float = 3e-4
     scale_rate: float = 1.0  # learning rate of scales, times the others'
     ema: float = 0.99  # decay of the average of weights that is kept; 0 keeps the last
@@ -68,6 +70,8 @@ class Stage:
         return Plan(
             steps=max(1, round(self.share * steps)),
             batch=setting.batch,
+            accumulate=setting.accumulate,
+            precision=setting.precision,
             lr=setting.lr,
             warmup=50,
             ema=setting.ema,

@@ -126,8 +126,9 @@ class SumOfLowRank(nn.Module):
         super().__init__()
         flat = weight.flatten(1)
         self.rounded = rounded
-        self.down = nn.Parameter(torch.randn(rank, flat.shape[1]) / flat.shape[1] ** 0.5)
-        self.up = nn.Parameter(torch.zeros(len(flat), rank))  # the sum starts as the weight
+        start = torch.randn(rank, flat.shape[1]) / flat.shape[1] ** 0.5
+        self.down = nn.Parameter(start.to(flat.device))
+        self.up = nn.Parameter(flat.new_zeros(len(flat), rank))  # the sum starts as the weight
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the rounded weight, with shape (out, *)."""
@@ -139,9 +140,9 @@ class Palette(nn.Module):
 
     def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__()
-        values, indices = palette_of(weight, 2**bits)
-        self.values = nn.Parameter(values.to(weight.dtype))
-        self.register_buffer("indices", indices.int(), persistent=False)
+        values, indices = palette_of(weight.cpu(), 2**bits)
+        self.values = nn.Parameter(values.to(weight))
+        self.register_buffer("indices", indices.int().to(weight.device), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the values, in float16 as they are stored, with the shape of the weight."""

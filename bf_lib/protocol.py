@@ -243,5 +243,7 @@ def study_setting(study: Study) -> Setting:
         steps=study.first_steps,
         more_steps=study.second_steps,
         batch=study.student_batch,
+        accumulate=study.student_parts,
+        precision=study.student_precision,
         lr=study.student_lr,
     )

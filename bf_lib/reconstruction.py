@@ -103,6 +103,7 @@ def calibration(
             for found in each
         ]
     )
+    kept = kept[torch.randperm(len(kept), generator=generator)]  # each batch has several steps
     return Calibration(x[kept], t[kept], text[kept])
 
 
@@ -155,7 +156,7 @@ def reconstruct(
     bits: int = 4,
     steps: int = 200,
     batch: int = 16,
-    lr: float = 1e-2,
+    lr: float = 3e-2,
     seed: int = 0,
     only: Collection[str] | None = None,
 ) -> UNet2DConditionModel:
@@ -198,7 +199,7 @@ class Reconstruction:
     inputs: int = 256  # of calibration
     steps: int = 200  # of each block
     batch: int = 16
-    lr: float = 1e-2
+    lr: float = 3e-2  # so that in so many steps every rounding can be decided
 
     def __call__(
         self,

@@ -33,9 +33,11 @@ def step_costs(teaching: Teaching, size: int, repeats: int = 5) -> pd.DataFrame:
     plain = copy.deepcopy(teaching.teacher).requires_grad_(True)
     generator = torch.Generator()
 
-    def of_teacher() -> None:
+    drawn = teaching.draw(size, generator.manual_seed(0))
+
+    def of_teacher() -> None:  # of examples that the student's part of the step has drawn
         with torch.no_grad():
-            predicted(teaching.teacher, teaching.draw(size, generator.manual_seed(0)))
+            predicted(teaching.teacher, drawn)
 
     def fine_tuning() -> Tensor:
         batch = teaching.draw(size, generator.manual_seed(0))

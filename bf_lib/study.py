@@ -14,7 +14,7 @@ COUNTS = (
     *("prompts", "steps", "batch", "threads"),
     *("repeats", "repeat_layers", "trained_layers", "trained_steps", "estimate_batch"),
     *("challenges", "random_recipes", "recipe_sizes", "timed_threads", "peers"),
-    *("examples", "student_batch", "first_steps", "second_steps", "examined"),
+    *("examples", "student_batch", "student_parts", "first_steps", "second_steps", "examined"),
 )
 
 
@@ -47,6 +47,8 @@ class Study:
     student_bits: float | None = None  # stored; of the optimum to train, or notebook 06's recipe
     examples: int = 20_000  # that a student learns from
     student_batch: int = 32
+    student_parts: int = 1  # of a batch, one after the other, which takes less memory
+    student_precision: str = "no"  # of forward passes in training: that of weights, or "bf16"
     student_lr: float = 1e-5  # the paper's
     first_steps: int = 20_000  # of Stage I; the paper's
     second_steps: int = 50_000  # of Stage II; the paper's
@@ -127,5 +129,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "batch": 4,
         "trained_lr": 1e-5,  # the paper's, for its two stages
         "estimate_batch": 1,
+        "student_batch": 256,  # the paper's, of Stage I
+        "student_parts": 64,
+        "student_precision": "bf16",
     },
 }

@@ -86,7 +86,7 @@ class TimeFeatures:
         Raises:
             UncachedStep: If there are none of one of them.
         """
-        wanted = torch.as_tensor([float(t) for t in timesteps]).unique()
+        wanted = torch.as_tensor([float(t) for t in timesteps]).unique().to(self.timesteps)
         if not torch.isin(wanted, self.timesteps).all():
             missing = wanted[~torch.isin(wanted, self.timesteps)].tolist()
             raise UncachedStep(_not_cached(missing, self.timesteps.tolist()))

@@ -53,12 +53,13 @@ class Plan:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     rates: tuple[tuple[str, float], ...] = ()  # end of a parameter's name, factor of its rate
+    accumulate: int = 1  # parts that a process takes its share in, one after the other
     precision: str = "no"  # of the forward pass: "no" is that of the weights, or "bf16"
     seed: int = 0
     save_every: int = 200  # steps; a multiple of `LOGGED`, so that no row is cut by a kill
 
     def __post_init__(self) -> None:
-        counts = self.steps, self.batch, self.save_every
+        counts = self.steps, self.batch, self.save_every, self.accumulate
         in_range = 0 <= self.decay <= 1 and 0 <= self.ema < 1 and self.lr > 0 and self.clip > 0
         if min(counts) < 1 or self.save_every % LOGGED or not in_range:
             raise ValueError(f"impossible training plan: {self}")
@@ -113,7 +114,7 @@ def fit(
     Raises:
         ProcessRaisedException: With the error of the process that failed first.
     """
-    if plan.batch % processes:
+    if plan.batch % (processes * plan.accumulate):
         raise ValueError(f"a batch of {plan.batch} cannot be shared by {processes} processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -153,8 +154,9 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     """
     accelerator = Accelerator(mixed_precision=plan.precision)
     world, rank = accelerator.num_processes, accelerator.process_index
-    if plan.batch % world:
+    if plan.batch % (world * plan.accumulate):
         raise ValueError(f"a batch of {plan.batch} cannot be shared by {world} processes")
+    size = plan.batch // (world * plan.accumulate)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)  # the same initial weights in each process
     task = make()
@@ -180,25 +182,31 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     for step in progress(steps, desc=f"train {folder.name}") if log else steps:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step) * group["factor"]
-        seed = seed_of(plan.seed, rank, step)
-        with accelerator.autocast():
-            scalars = task.loss(step, plan.batch // world, torch.Generator().manual_seed(seed))
+        places = range(step * plan.accumulate, (step + 1) * plan.accumulate)
+        seeds = [seed_of(plan.seed, rank, place) for place in places]
         optimizer.zero_grad(set_to_none=False)
-        scalars["loss"].backward()
+        parts = []
+        for seed in seeds:
+            with accelerator.autocast():
+                scalars = task.loss(step, size, torch.Generator().manual_seed(seed))
+            (scalars["loss"] / plan.accumulate).backward()
+            parts.append({name: value.detach() for name, value in scalars.items()})
         mine = nn.utils.get_total_norm([p.grad for p in params]).isfinite()
         _average_gradients(accelerator, params)
         norm = nn.utils.get_total_norm([p.grad for p in params])
         if not torch.isfinite(norm):  # before clipping, which would make all of them NaN
             if mine:  # another process is at fault, and names the layer
                 accelerator.wait_for_everyone()
-            where = _first_broken(task, step, plan.batch // world, seed, trained)
+            where = _first_broken(task, step, size, seeds, trained)
             raise TrainingFailed(f"the gradient is not finite at step {step}: {where}")
         nn.utils.clip_grads_with_norm_(params, plan.clip, norm)
         optimizer.step()
         keep = min(plan.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - keep)
         if log:
-            log.add(step, plan.rate(step), scalars)
+            log.add(
+                step, plan.rate(step), {n: sum(p[n] for p in parts) / len(parts) for n in parts[0]}
+            )
             if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
                 _save(folder, state, step + 1, names, params, ema, optimizer)
     accelerator.wait_for_everyone()
@@ -247,7 +255,11 @@ def _average_gradients(accelerator: Accelerator, params: tuple[nn.Parameter, ...
 
 @torch.no_grad()
 def _first_broken(
-    task: Task, step: int, size: int, seed: int, trained: Sequence[tuple[str, nn.Parameter]]
+    task: Task,
+    step: int,
+    size: int,
+    seeds: Sequence[int],
+    trained: Sequence[tuple[str, nn.Parameter]],
 ) -> str:
     """Says where something that is not finite comes from: repeats a step and looks at each layer.
 
@@ -267,7 +279,8 @@ def _first_broken(
         for name, module in task.model.named_modules()
     ]
     try:
-        task.loss(step, size, torch.Generator().manual_seed(seed))
+        for seed in seeds:
+            task.loss(step, size, torch.Generator().manual_seed(seed))
     finally:
         for hook in hooks:
             hook.remove()

@@ -183,8 +183,17 @@ class Noting(Line):
         return super().loss(step, size, generator)
 
 
+def test_parts_of_a_batch_add_up_to_it(tmp_path):
+    """On the same data, the gradient of four parts is that of one."""
+    fit(Same, replace(PLAN, batch=4), tmp_path / "one", processes=1)
+    fit(Same, replace(PLAN, batch=16, accumulate=4), tmp_path / "four", processes=1)
+    one, four = saved(tmp_path / "one"), saved(tmp_path / "four")
+    for name in one:
+        torch.testing.assert_close(one[name], four[name])
+
+
 def test_seeds_processes_and_steps_draw_other_numbers(tmp_path):
-    plan = replace(PLAN, steps=3)
+    plan = replace(PLAN, steps=3, accumulate=2)
     for seed in (0, 1):
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -192,7 +201,7 @@ def test_seeds_processes_and_steps_draw_other_numbers(tmp_path):
         assert len(list(folder.glob("*.txt"))) == 2
     files = tmp_path.glob("*/*.txt")
     lines = [line.split() for file in files for line in file.read_text().splitlines()]
-    assert len(lines) == 2 * 2 * 3 and {len(line) for line in lines} == {4}
+    assert len(lines) == 2 * 2 * 3 * 2 and {len(line) for line in lines} == {2}
     assert len({number for line in lines for number in line}) == 2 * 2 * 3 * 4
 
 
