@@ -46,7 +46,8 @@ class Setting:
     accumulate: int = 1  # parts of a batch, one after the other
     precision: str = "no"  # of the forward pass: that of the weights, or "bf16"
     lr: float = 3e-4
-    scale_rate: float = 1.0  # learning rate of scales, times the others'
+    scale_rate: float = 10.0  # learning rate of scales, which are shares, times the others'
+    low_rank_rate: float = 10.0  # likewise of products of low rank, in "lora"
     ema: float = 0.99  # decay of the average of weights that is kept; 0 keeps the last
     relative: bool = True  # whether features of a block count relative to the teacher's
     asked: tuple[int, int] = (128, 200)  # challenges of each task, and their seed
@@ -76,7 +77,11 @@ class Stage:
             warmup=50,
             ema=setting.ema,
             weight_decay=0.0,
-            rates=(("log_scale", setting.scale_rate),),
+            rates=(
+                ("log_scale", setting.scale_rate),
+                (".down", setting.low_rank_rate),
+                (".up", setting.low_rank_rate),
+            ),
             save_every=100,
             seed=STAGES * seed + number,  # each stage draws other numbers
         )
@@ -189,8 +194,7 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
     choices = {
         "3 levels, rate 1e-3": ("lr", 1e-3),
         "3 levels, rate 1e-4": ("lr", 1e-4),
-        "3 levels, scales ten times as fast": ("scale_rate", 10.0),
-        "3 levels, scales a tenth as fast": ("scale_rate", 0.1),
+        "3 levels, scales as fast as weights": ("scale_rate", 1.0),
         "3 levels, features not relative": ("relative", False),
         "3 levels, weights not averaged": ("ema", 0.0),
     }
@@ -202,9 +206,17 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
         for group, entries in groups.items()
         for name, (form, stages) in entries.items()
     ]
-    return rows + [
+    rows += [
         replace(_row(name, "choices", three, (first,)), changed=(change,))
         for name, change in choices.items()
+    ]
+    slow = (
+        ("QAT-Base, scales as fast as weights", plain, (base,), ("scale_rate", 1.0)),
+        ("LoRA, 2 bits, as fast as weights", *baselines["LoRA, 2 bits"], ("low_rank_rate", 1.0)),
+    )
+    return rows + [
+        replace(_row(name, "choices", form, tuple(stages)), changed=(change,))
+        for name, form, stages, change in slow
     ]
 
 
