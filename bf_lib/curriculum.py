@@ -232,7 +232,6 @@ def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     rows = {
         "full precision": (full, ()),
         "not trained": (form, ()),
-        "Stage I": (form, (first,)),
         "Stage II": (form, (first, second)),
         "full precision, Stage II": (full, (second,)),
     }
