@@ -99,7 +99,7 @@ def _lines(count: int, kinds: Sequence[str]) -> tuple[Figure, Sequence[Axes]]:
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(WIDTH, height), sharey=True, squeeze=False, layout="constrained"
     )
-    axes.flat[0].invert_yaxis()
+    axes.flat[0].set_ylim(count - 0.5, -0.5)  # the first is on top
     for axis, kind in zip(axes.flat, kinds, strict=True):
         axis.set_title(LABELS[kind])
     return figure, list(axes.flat)
