@@ -95,6 +95,7 @@ def pack_student(
         UncachedStep: If the student has no features of a time-step.
     """
     unet = copy.deepcopy(student).requires_grad_(False)
+    unet.register_to_config(_name_or_path=source)  # not a folder of the machine it was made on
     scales = {name: quantizer.scale for name, quantizer in fake_quantizers(unet).items()}
     bake_weights_(unet)
     if timesteps is not None:

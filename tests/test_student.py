@@ -1,6 +1,7 @@
 """Students: what is trained is what is packed, saved and loaded, bit for bit."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -82,6 +83,7 @@ def test_a_trained_student_is_packed_bit_for_bit(student, compress, tmp_path):
                 value.copy_(value.half())
         assert torch.equal(output(packed), output(student))
         packed.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["_name_or_path"] == "toy"
         loaded = UNet2DConditionModel.from_pretrained(tmp_path)
         assert torch.equal(output(loaded), output(student))
     header = loaded.hf_quantizer.header
