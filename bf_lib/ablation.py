@@ -63,7 +63,8 @@ from bf_lib.sizes import size_report
 from bf_lib.study import Study
 from bf_lib.teaching import Teaching
 from bf_lib.timecache import cached_time_features, sampling_steps
-from bf_lib.training import TrainingFailed, load_ema, train
+from bf_lib.training import TrainingFailed, train
+from bf_lib.training_state import load_ema
 
 DIGITS = 6  # that are kept of a number
 SETTINGS = {
@@ -73,7 +74,7 @@ SETTINGS = {
     "smoke": Setting(
         scenes=8,
         steps=1,
-        more_steps=1,
+        fine_tuning_steps=1,
         batch=2,
         asked=(1, 200),
         sampler=Sampler(steps=2, guidance=4.0, batch=2),

@@ -231,8 +231,7 @@ def study_examples(
 
 def study_plan(study: Study, seed: int, stage: int) -> Plan:
     """Returns how a student of the study is taught in Stage I or II, as the ablation's are."""
-    lesson = Stage(objective="noise" if stage == 2 else "distillation")
-    return lesson.plan(study_setting(study), seed, stage - 1)
+    return Stage(fine_tuning=stage == 2).plan(study_setting(study), seed, stage - 1)
 
 
 def study_setting(study: Study) -> Setting:
@@ -241,9 +240,10 @@ def study_setting(study: Study) -> Setting:
         model=study.model,
         scenes=study.examples,
         steps=study.first_steps,
-        more_steps=study.second_steps,
+        fine_tuning_steps=study.second_steps,
         batch=study.student_batch,
         accumulate=study.student_parts,
         precision=study.student_precision,
-        lr=study.student_lr,
+        lr=study.first_lr,
+        fine_tuning_lr=study.second_lr,
     )

@@ -49,9 +49,10 @@ class Study:
     student_batch: int = 32
     student_parts: int = 1  # of a batch, one after the other, which takes less memory
     student_precision: str = "no"  # of forward passes in training: that of weights, or "bf16"
-    student_lr: float = 1e-5  # the paper's
+    first_lr: float = 1e-5  # of Stage I; the paper's
     first_steps: int = 20_000  # of Stage I; the paper's
     second_steps: int = 50_000  # of Stage II; the paper's
+    second_lr: float = 1e-5  # of Stage II; the paper's
     examined: int = 128  # challenges of each task that a student is examined by
     peers: int = 99  # how many other systems store the same UNets, if they are installed
 
@@ -69,7 +70,7 @@ class Study:
             raise ValueError(f"bits must be one or more integers from 1 up, got {self.bits!r}")
         if len(set(self.bits)) < len(self.bits):
             raise ValueError(f"bits must differ from each other, got {self.bits!r}")
-        for name in ("trained_lr", "student_lr"):
+        for name in ("trained_lr", "first_lr", "second_lr"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)!r}")
         if self.dtype not in DTYPES:
@@ -108,7 +109,7 @@ _MINI = {
     "batch": 16,
     "workers": 2,
     "student_bits": 1.83,  # 1.60 paper bits; at 1.99 there is hardly anything to be learnt back
-    "student_lr": 3e-4,
+    "first_lr": 3e-4,
     "first_steps": 600,
     "second_steps": 300,
 }

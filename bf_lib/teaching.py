@@ -27,7 +27,7 @@ from bf_lib.distillation import BlockFeatures, feature_loss, noise_loss
 from bf_lib.examples import Examples
 from bf_lib.models import load_pipeline
 from bf_lib.times import draw_times
-from bf_lib.training import load_ema
+from bf_lib.training_state import load_ema
 
 OBJECTIVES = ("distillation", "guided", "noise")
 

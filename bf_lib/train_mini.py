@@ -37,7 +37,7 @@ from torch import Tensor
 
 from bf_lib.mini import TOKENS, new_unet, new_vae, to_float, tokenize
 from bf_lib.train_text import load_text_encoder
-from bf_lib.training import Plan, load_ema
+from bf_lib.training import Plan
 from bf_lib.training_data import (
     CAPTIONS,
     SCENES,
@@ -48,6 +48,7 @@ from bf_lib.training_data import (
     training_images,
     training_scene,
 )
+from bf_lib.training_state import load_ema
 
 ENCODED = 1000  # scenes encoded in one go
 DROP = 0.1  # share of captions replaced by the empty one, for classifier-free guidance

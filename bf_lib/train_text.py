@@ -43,8 +43,9 @@ from bf_lib.scenes import (
     caption,
     sample_scene,
 )
-from bf_lib.training import Plan, load_ema
+from bf_lib.training import Plan
 from bf_lib.training_data import new_tokenizer
+from bf_lib.training_state import load_ema
 
 READ = 60_000  # captions
 TEXT_PLAN = Plan(steps=2000, batch=256, lr=1e-3, warmup=100, decay=0.7, ema=0.99)

@@ -10,16 +10,12 @@ Processes, devices and precision are those of `accelerate`: `fit` starts process
 and `train` is one of them, also under `accelerate launch` on several GPUs or machines.
 """
 
-__all__ = ["Plan", "Task", "TrainingFailed", "fit", "load_ema", "train"]
+__all__ = ["Plan", "Task", "TrainingFailed", "fit", "train"]
 
-import csv
-import io
 import json
-import math
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,15 +25,12 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bf_lib.atomic import write_atomically
 from bf_lib.processes import end_with_parent
 from bf_lib.progress import progress
-
-LOGGED = 20  # steps that a row of the log is the mean of
+from bf_lib.training_log import LOGGED, TrainingLog
+from bf_lib.training_state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -161,8 +154,8 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     torch.manual_seed(plan.seed)  # the same initial weights in each process
     task = make()
     task.model.to(accelerator.device).train()
-    state = {"plan": asdict(plan), "processes": world, "untrained": _losses(task, plan.seed)}
-    state = json.loads(json.dumps(state))  # tuples become lists
+    made = {"plan": asdict(plan), "processes": world, "untrained": _losses(task, plan.seed)}
+    made = json.loads(json.dumps(made))  # tuples become lists
     trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
     names, params = zip(*trained, strict=True)
     ema = [p.detach().clone() for p in params]
@@ -176,8 +169,10 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
         weight_decay=plan.weight_decay,
         fused=True,
     )
-    first = _restore(folder, state, names, params, ema, optimizer, accelerator.reduce)
-    log = _Log(folder / "log.csv", first, plan.steps) if accelerator.is_main_process else None
+    state = TrainingState(folder, made, names, params, ema, optimizer)
+    first = state.restore(accelerator.reduce)
+    main = accelerator.is_main_process
+    log = TrainingLog(folder / "log.csv", first, plan.steps) if main else None
     steps = range(first, plan.steps)
     for step in progress(steps, desc=f"train {folder.name}") if log else steps:
         for group in optimizer.param_groups:
@@ -204,11 +199,10 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
         keep = min(plan.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - keep)
         if log:
-            log.add(
-                step, plan.rate(step), {n: sum(p[n] for p in parts) / len(parts) for n in parts[0]}
-            )
+            means = {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
+            log.add(step, plan.rate(step), means)
             if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
-                _save(folder, state, step + 1, names, params, ema, optimizer)
+                state.save(step + 1)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -216,24 +210,6 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
 def seed_of(seed: int, rank: int, step: int) -> int:
     """Returns the seed of what a process draws in a step, of 32 bits."""
     return int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
-
-
-def load_ema(model: nn.Module, folder: Path) -> nn.Module:
-    """Loads the averaged weights of the checkpoint in `folder` into a module of its kind."""
-    tensors, _ = _read(folder / "checkpoint.safetensors")
-    state = {name[4:]: value for name, value in tensors.items() if name.startswith("ema/")}
-    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    if missing := sorted(wanted - set(state)):
-        raise ValueError(f"{folder} holds no weights for {missing[:5]}")
-    if unexpected := sorted(set(state) - wanted):
-        raise ValueError(f"{folder} holds weights of another model: {unexpected[:5]}")
-    model.load_state_dict(state, strict=False)  # buffers are not saved
-    return model
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    with safe_open(path, "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["state"])
 
 
 @torch.no_grad()
@@ -289,102 +265,3 @@ def _first_broken(
         return f"the first that is not is the output of {name or 'the model'}"
     names = [name for name, p in reversed(trained) if not p.grad.isfinite().all()]
     return f"all outputs are, but not the gradients of {', '.join(names[:3])}"
-
-
-def _save(
-    folder: Path,
-    state: dict,
-    step: int,
-    names: tuple[str, ...],
-    params: tuple[nn.Parameter, ...],
-    ema: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    tensors = {}
-    for name, param, average in zip(names, params, ema, strict=True):
-        moments = optimizer.state[param]
-        tensors |= {
-            f"now/{name}": param.detach(),
-            f"ema/{name}": average,
-            f"mean/{name}": moments["exp_avg"],
-            f"square/{name}": moments["exp_avg_sq"],
-        }
-    meta = {"state": json.dumps(state | {"step": step})}
-    # Written beside and renamed: a kill leaves the old checkpoint or the new one.
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "new.safetensors", meta)
-    checkpoint = folder / "checkpoint.safetensors"
-    if step <= state["plan"]["save_every"] and checkpoint.exists():
-        checkpoint.rename(folder / "replaced.safetensors")  # of another training
-    (folder / "new.safetensors").rename(checkpoint)
-
-
-def _restore(
-    folder: Path,
-    state: dict,
-    names: tuple[str, ...],
-    params: tuple[nn.Parameter, ...],
-    ema: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    reduce: Callable[[Tensor, str], Tensor],
-) -> int:
-    """Loads the checkpoint; returns the next step, 0 where there is none of this state."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    tensors, saved = _read(path)
-    step = saved.pop("step")
-    # All go on or none: of losses that differ in a last digit, processes could judge differently.
-    same = torch.tensor([float(_same(saved, state))], device=params[0].device)
-    if float(reduce(same, "mean")) < 1:
-        return 0
-    with torch.no_grad():
-        for name, param, average in zip(names, params, ema, strict=True):
-            param.copy_(tensors[f"now/{name}"])
-            average.copy_(tensors[f"ema/{name}"])
-            optimizer.state[param] = {
-                "step": torch.tensor(float(step), device=param.device),  # as fused AdamW has it
-                "exp_avg": tensors[f"mean/{name}"].to(param.device, copy=True),
-                "exp_avg_sq": tensors[f"square/{name}"].to(param.device, copy=True),
-            }
-    return step
-
-
-def _same(saved: dict, state: dict) -> bool:
-    """Whether two trainings are one: another processor may change the last digits of a loss."""
-    known, losses = saved.pop("untrained"), state["untrained"]
-    rest = {name: value for name, value in state.items() if name != "untrained"}
-    return (
-        saved == rest
-        and known.keys() == losses.keys()
-        and all(math.isclose(known[name], losses[name], rel_tol=1e-4) for name in known)
-    )
-
-
-class _Log:
-    """Means of the scalars over stretches of steps, as rows of a CSV file."""
-
-    def __init__(self, path: Path, first: int, last: int) -> None:
-        self.path, self.last = path, last
-        self.sums: dict[str, float] = {}
-        self.count, self.since = 0, time.perf_counter()
-        rows = []
-        if first and path.exists():
-            with path.open() as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
-        self.rows: list[dict] = rows
-
-    def add(self, step: int, rate: float, scalars: dict[str, Tensor]) -> None:
-        for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
-        self.count += 1
-        if (step + 1) % LOGGED and step + 1 < self.last:
-            return
-        line = {name: total / self.count for name, total in self.sums.items()}
-        seconds = (time.perf_counter() - self.since) / self.count
-        self.rows.append({"step": step + 1, "lr": rate, **line, "seconds_per_step": seconds})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.rows[-1])
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.path, text.getvalue().encode())
-        self.sums, self.count, self.since = {}, 0, time.perf_counter()

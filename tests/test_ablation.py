@@ -51,7 +51,7 @@ def small(tmp_path_factory, nine):
             name="+ Stage II",
             group="paper",
             form=nine,
-            stages=(Stage(), Stage(objective="noise")),
+            stages=(Stage(), Stage(objective="noise", fine_tuning=True)),
             seeds=(0,),
         ),
         Row(

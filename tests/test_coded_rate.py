@@ -16,7 +16,8 @@ from bf_lib.layers import list_layers
 from bf_lib.packed_unets import pack_student
 from bf_lib.student import quantize
 from bf_lib.teaching import Teaching
-from bf_lib.training import Plan, fit, load_ema
+from bf_lib.training import Plan, fit
+from bf_lib.training_state import load_ema
 
 
 def test_lengths_are_those_of_the_frequencies():

@@ -10,7 +10,8 @@ from lessons import same, seeded, ternary, toy_lesson
 from bf_lib.distillation import BlockFeatures, feature_loss
 from bf_lib.teaching import Teaching, predicted
 from bf_lib.times import beta
-from bf_lib.training import Plan, fit, load_ema
+from bf_lib.training import Plan, fit
+from bf_lib.training_state import load_ema
 
 
 @pytest.fixture(scope="module")

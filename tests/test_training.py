@@ -21,7 +21,8 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from bf_lib.paths import ROOT
-from bf_lib.training import Plan, fit, load_ema
+from bf_lib.training import Plan, fit
+from bf_lib.training_state import load_ema
 
 PLAN = Plan(steps=60, batch=8, lr=0.2, warmup=5, ema=0.9, weight_decay=0.0, save_every=20)
 
