@@ -47,7 +47,6 @@ class Setting:
     precision: str = "no"  # of the forward pass: that of the weights, or "bf16"
     lr: float = 3e-4  # of Stage I, which the paper has a hundred times as long, at 1e-5
     fine_tuning_lr: float = 1e-5  # of Stage II; the paper's
-    decay: float = 1.0  # share of a stage in which the rate falls
     scale_rate: float = 10.0  # learning rate of scales, which are shares, times the others'
     low_rank_rate: float = 10.0  # likewise of products of low rank, in "lora"
     ema: float = 0.99  # decay of the average of weights that is kept; 0 keeps the last
@@ -80,7 +79,6 @@ class Stage:
             precision=setting.precision,
             lr=lr,
             warmup=50,
-            decay=setting.decay,
             ema=setting.ema,
             weight_decay=0.0,
             rates=(

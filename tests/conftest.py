@@ -47,6 +47,11 @@ class Alone:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve training scenes, encoded four at a time."""
+    with_few_scenes(monkeypatch)
+
+
+def with_few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `few` does, for fixtures that tests share."""
     monkeypatch.setattr(train_mini, "SCENES", 12)
     monkeypatch.setattr(train_mini, "ENCODED", 4)
     monkeypatch.setattr(training_data.training_images, "__defaults__", (12, 1))

@@ -1,8 +1,11 @@
 """The order of the trainings of `mini`, and what is written when they are done."""
 
+import shutil
+
 import pandas as pd
 import pytest
 import torch
+from conftest import with_few_scenes
 from safetensors.torch import save_file
 
 from bf_lib import make_mini
@@ -26,10 +29,10 @@ def untrained(name):
     }[name]()
 
 
-@pytest.fixture
-def finished(tmp_path, few, monkeypatch):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
     """The folders of trainings in which each part got random weights, and their order."""
-    order = []
+    order, folder = [], tmp_path_factory.mktemp("finished")
 
     def fit(make, plan, folder):
         order.append((folder.name, plan))
@@ -40,9 +43,11 @@ def finished(tmp_path, few, monkeypatch):
         log = pd.DataFrame({"step": [plan.steps], "loss": [1.0], "seconds_per_step": [2.0]})
         log.to_csv(folder / "log.csv", index=False)
 
-    monkeypatch.setattr(make_mini, "fit", fit)
-    make_mini.main(tmp_path / "work", tmp_path / "mini")
-    return tmp_path, order
+    with pytest.MonkeyPatch.context() as patch:
+        with_few_scenes(patch)
+        patch.setattr(make_mini, "fit", fit)
+        make_mini.main(folder / "work", folder / "mini")
+    return folder, order
 
 
 def test_what_a_training_starts_from_is_trained_before_it(finished):
@@ -66,10 +71,11 @@ def test_all_that_the_notebook_reads_is_written(finished):
     assert reader.in_features == pipe.text_encoder.config.hidden_size
 
 
-def test_times_are_those_of_the_logs_that_were_kept(finished):
+def test_times_are_those_of_the_logs_that_were_kept(finished, tmp_path):
     folder, order = finished
-    (folder / "mini" / "training" / "vae.csv").unlink()
-    logs = make_mini.training_logs(folder / "mini")
+    shutil.copytree(folder / "mini" / "training", tmp_path / "training")
+    (tmp_path / "training" / "vae.csv").unlink()
+    logs = make_mini.training_logs(tmp_path)
     assert list(logs) == [name for name, _ in order][1:]
     table = make_mini.training_table(logs).set_index("training")
     assert table.steps.tolist() == [plan.steps for _, plan in order]

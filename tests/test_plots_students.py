@@ -62,10 +62,15 @@ def test_the_frontier_is_drawn_by_size_and_without_rows_that_are_not_there(rows)
     assert right.get_yscale() == "log" and len(right.patches) == 0 and len(left.patches) == 1
 
 
-def test_losses_have_a_panel_each():
-    log = pd.DataFrame({"step": [20, 40], "lr": [1e-3, 1e-3], "loss": [2.0, 1.0]})
-    log = log.assign(noise=[1.0, 0.5], seconds_per_step=1.0)
+def test_losses_have_a_panel_each_and_scales_that_suit_them():
+    log = pd.DataFrame({"step": [20, 40], "lr": [1e-3, 1e-3], "loss": [2.0, 0.9]})
+    log = log.assign(noise=[1.0, 0.8], seconds_per_step=1.0)
     axes = plots.losses(log).axes
     assert [axis.get_title(loc="left") for axis in axes] == ["loss", "noise"]
-    assert axes[1].lines[0].get_ydata().tolist() == [1.0, 0.5]
-    assert all(axis.get_yscale() == "log" for axis in axes)
+    assert axes[1].lines[0].get_ydata().tolist() == [1.0, 0.8]
+    assert [axis.get_yscale() for axis in axes] == ["log", "linear"]
+
+
+def test_a_part_that_is_all_of_the_loss_is_not_shown_again():
+    log = pd.DataFrame({"step": [20, 40], "lr": [1e-3, 1e-3], "loss": [2.0, 0.9]})
+    assert len(plots.losses(log.assign(noise=log.loss, seconds_per_step=1.0)).axes) == 1

@@ -28,16 +28,21 @@ def training_curves(**logs: pd.DataFrame) -> Figure:
 
 
 def losses(log: pd.DataFrame) -> Figure:
-    """The losses of one training by step, each on a logarithmic scale of its own.
+    """The losses of one training by step, each on a scale of its own.
+
+    A part that is all of the loss is not shown again. Scales are logarithmic for losses that
+    change by a factor of more than two.
 
     Arguments:
         log: The log of `bf_lib.training`: columns step, lr, the losses, and seconds_per_step.
     """
-    names = [name for name in log.columns if name not in ("step", "lr", "seconds_per_step")]
-    figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 2.2), squeeze=False)
-    for axis, name in zip(axes.flat, names, strict=True):
-        axis.plot(log.step, log[name], lw=1)
-        axis.set(title=name, xlabel="step", yscale="log")
+    known = log.drop(columns=["step", "lr", "seconds_per_step"]).T.drop_duplicates().T
+    figure, axes = plt.subplots(1, len(known.columns), figsize=(WIDTH, 2.2), squeeze=False)
+    for axis, (name, values) in zip(axes.flat, known.items(), strict=True):
+        axis.plot(log.step, values, lw=1)
+        axis.set(title=name, xlabel="step")
+        if values.max() > 2 * values.min() > 0:
+            axis.set_yscale("log")
     return figure
 
 
