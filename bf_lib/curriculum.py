@@ -214,13 +214,14 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
         replace(_row(name, "choices", three, (first,)), changed=(change,))
         for name, change in choices.items()
     ]
-    slow = (
+    others = (
+        ("3 levels, Stage II at 3e-4", three, (first, second), ("fine_tuning_lr", 3e-4)),
         ("QAT-Base, scales as fast as weights", plain, (base,), ("scale_rate", 1.0)),
         ("LoRA, 2 bits, as fast as weights", *baselines["LoRA, 2 bits"], ("low_rank_rate", 1.0)),
     )
     return rows + [
         replace(_row(name, "choices", form, tuple(stages)), changed=(change,))
-        for name, form, stages, change in slow
+        for name, form, stages, change in others
     ]
 
 

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -73,21 +74,25 @@ def new_tokenizer() -> CLIPTokenizer:
     letters, as they do for CLIP. The two markers come last, so that the end of the text is the
     largest id, as CLIP's pooling expects.
     """
-    texts = [text for i in range(4000) for text in training_captions(i)]
-    words = {word for text in texts for word in text.split()}
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = list("abcdefghijklmnopqrstuvwxyz")
     trainer = trainers.BpeTrainer(
         vocab_size=10_000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
     )
-    bpe.train_from_iterator([*sorted(words), *letters], trainer)
+    bpe.train_from_iterator([*_words(), *letters], trainer)
     learnt = json.loads(bpe.to_str())["model"]
     pieces = sorted(set(learnt["vocab"]) | {letter + "</w>" for letter in letters})
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = [tuple(merge) for merge in learnt["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+@cache
+def _words() -> list[str]:
+    texts = [text for i in range(4000) for text in training_captions(i)]
+    return sorted({word for text in texts for word in text.split()})
 
 
 def digest(data: bytes) -> str:

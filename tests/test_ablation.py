@@ -43,7 +43,7 @@ def nine(unet):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, nine):
-    """Three rows, finished by two processes."""
+    """Three rows, finished by two processes, and one without a result."""
     folder = tmp_path_factory.mktemp("ablation")
     rows = (
         Row(name="not trained", group="control", form=nine, seeds=(0,)),
@@ -62,10 +62,15 @@ def small(tmp_path_factory, nine):
             seeds=(0,),
         ),
     )
+    wild = replace(rows[1], name="wild", stages=(Stage(),), changed=(("lr", 1e30),))
     made = Ablation(SETTINGS["smoke"], rows, folder / "rows", folder / "work")
     assert set(made.table().state) == {"left"}
-    done = [row.name for row, _, _ in made.run(workers=2)]
+    done = []
+    with pytest.raises(RowsFailed, match=r"wild, seed 0: .*(NaN|finite)"):
+        for row, _, _ in replace(made, rows=(*rows, wild)).run(workers=2):
+            done.append(row.name)
     assert sorted(done) == ["+ Stage II", "not trained", "palettes"]
+    assert state_of(made, wild, 0) == "left"
     return made
 
 
@@ -121,18 +126,6 @@ def test_checkpoints_are_kept_as_long_as_rows_need_them(small, nine, tmp_path):
     assert [path for path in tmp_path.glob("stage*") if path.is_dir()] == []
     alone = record_of(small, both, 0)["found"]  # which was taught from the beginning
     assert log and record_of(made, both, 0)["found"]["mse"] == alone["mse"]
-
-
-def test_a_row_without_a_result_stops_no_other(small, nine, tmp_path):
-    wild = Row(name="wild", group="control", form=nine, stages=(Stage(),), seeds=(0,))
-    setting = replace(small.setting, lr=1e30)
-    made = Ablation(setting, (wild, small.rows[0]), tmp_path / "rows", small.work)
-    done = []
-    with pytest.raises(RowsFailed, match="wild, seed 0: .*(NaN|finite)"):
-        for row, _, _ in made.run(workers=1):
-            done.append(row.name)
-    assert done == ["not trained"]
-    assert made.table().set_index("row").state.to_dict() == {"wild": "left", "not trained": "done"}
 
 
 def test_training_changes_a_student(small):
