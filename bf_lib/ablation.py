@@ -111,7 +111,7 @@ class Ablation:
     def stage_folder(self, row: Row, seed: int, number: int) -> Path:
         """Returns where a stage of a row is taught, which depends on what it is taught with."""
         stages, setting = row.stages[: number + 1], row.setting(self.setting)
-        examples = self.work / "examples"
+        examples = Path("examples")  # wherever they are
         made = {
             "form": asdict(row.form),
             "plans": [asdict(stage.plan(setting, seed, n)) for n, stage in enumerate(stages)],
