@@ -23,8 +23,8 @@ import pandas as pd
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
-from bf_lib.ablation import Ablation, record_of, state_of
 from bf_lib.curriculum import is_certain
+from bf_lib.taught_rows import Ablation, record_of, state_of
 
 # score of a prompt -> 1 if more is better, -1 if less is
 SCORES = {"clip": 1, "passed": 1, "mse": -1}

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bf_lib import ablation as module
-from bf_lib.ablation import SETTINGS, Ablation, RowsFailed, record_of, state_of
+from bf_lib.ablation import SETTINGS
 from bf_lib.ablation_study import finished, row_table
 from bf_lib.curriculum import (
     FRONTIER,
@@ -23,8 +22,10 @@ from bf_lib.forms import Form, as_stored
 from bf_lib.layers import list_layers
 from bf_lib.models import load_pipeline
 from bf_lib.packed_unets import pack_student
+from bf_lib.paths import ROOT
 from bf_lib.recipe import Recipe
 from bf_lib.student import quantize
+from bf_lib.taught_rows import Ablation, RowsFailed, record_of, state_of
 from bf_lib.times import uniform
 
 NAMES = ["3", "5", "optimum", "optimum as large as 5", "eta 0", "eta 0.3", "eta 0.5"]
@@ -168,7 +169,7 @@ def test_the_study_has_the_rows_of_the_paper_with_three_seeds(unet):
     assert [row.name for row in rows][:3] == ["QAT-Base", "+ balance", "+ alternating scales"]
     assert len({row.name for row in rows}) == len(rows)
     assert all(row.seeds == (0, 1, 2) for row in rows if row.stages and row.group not in ONE_SEED)
-    made = Ablation(SETTINGS["mini"], tuple(rows), module.ROOT, module.ROOT)
+    made = Ablation(SETTINGS["mini"], tuple(rows), ROOT, ROOT)
     assert len({made.file(row, seed) for row, seed in made.tasks()}) == len(made.tasks())
     order = [(seed, len(row.stages)) for row, seed in made.tasks()]
     assert order == sorted(order)
