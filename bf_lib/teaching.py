@@ -10,7 +10,7 @@ ten is left out. On z_t and t,
   2023, https://arxiv.org/abs/2310.03270): both predict with and without the caption.
 """
 
-__all__ = ["OBJECTIVES", "Batch", "Lesson", "Teaching", "predicted"]
+__all__ = ["OBJECTIVES", "Batch", "Lesson", "Teaching", "example_losses", "predicted"]
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -164,3 +164,23 @@ class Teaching:
 def predicted(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
     """Returns the noise that a UNet predicts of a batch, with shape (n, c, h, w)."""
     return unet(batch.x, batch.t, encoder_hidden_states=batch.text, return_dict=False)[0]
+
+
+@torch.no_grad()
+def example_losses(
+    teaching: Teaching, unet: UNet2DConditionModel, count: int, batch: int = 32, seed: int = 0
+) -> list[float]:
+    """Returns the loss of Stage II (Eq. 2) for single examples, the same for each UNet.
+
+    Arguments:
+        teaching: What they are drawn by, and their time-steps, noise and captions.
+        unet: A student, or its teacher.
+        count: How many.
+        batch: How many at once.
+        seed: Another one draws others.
+    """
+    generator, found = torch.Generator().manual_seed(seed), []
+    for start in range(0, count, batch):
+        drawn = teaching.draw(min(batch, count - start), generator)
+        found += (predicted(unet, drawn) - drawn.noise).square().flatten(1).mean(1).tolist()
+    return found

@@ -8,7 +8,7 @@ import torch
 from lessons import same, seeded, ternary, toy_lesson
 
 from bf_lib.distillation import BlockFeatures, feature_loss
-from bf_lib.teaching import Teaching, predicted
+from bf_lib.teaching import Teaching, example_losses, predicted
 from bf_lib.times import beta
 from bf_lib.training import Plan, fit
 from bf_lib.training_state import load_ema
@@ -54,6 +54,16 @@ def test_stage_two_is_the_error_of_the_noise_that_was_added(lesson):
     batch = task.draw(4, seeded())
     wanted = (predicted(task.model, batch) - batch.noise).square().mean()
     torch.testing.assert_close(task.loss(0, 4, seeded())["loss"], wanted)
+
+
+def test_losses_of_examples_are_those_of_stage_two_one_by_one(lesson):
+    task = Teaching(ternary, replace(lesson, objective="noise"))
+    found = example_losses(task, task.model, 4)
+    assert len(found) == 4 and len(set(found)) == 4
+    whole = task.loss(0, 4, torch.Generator().manual_seed(0))["loss"]
+    assert sum(found) / 4 == pytest.approx(float(whole.detach()), rel=1e-5)
+    assert found == example_losses(task, task.model, 4) != example_losses(task, task.teacher, 4)
+    assert len(example_losses(task, task.teacher, 5, batch=2)) == 5
 
 
 def test_guided_noise_is_that_of_sampling(lesson):
