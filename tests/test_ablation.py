@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -43,36 +44,32 @@ def nine(unet):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, nine):
-    """Three rows, finished by two processes, and one without a result."""
+def run(tmp_path_factory, nine):
+    """Rows that two processes finished, and folders of stages that were kept after each."""
     folder = tmp_path_factory.mktemp("ablation")
+    first, second = Stage(), Stage(objective="noise", fine_tuning=True)
+    row = partial(Row, form=nine, seeds=(0,))
     rows = (
-        Row(name="not trained", group="control", form=nine, seeds=(0,)),
-        Row(
-            name="+ Stage II",
-            group="paper",
-            form=nine,
-            stages=(Stage(), Stage(objective="noise", fine_tuning=True)),
-            seeds=(0,),
-        ),
-        Row(
-            name="palettes",
-            group="baseline",
-            form=Form(kind="palette"),
-            stages=(Stage(),),
-            seeds=(0,),
-        ),
+        row(name="not trained", group="control"),
+        row(name="Stage I", group="paper", stages=(first,)),
+        row(name="palettes", group="baseline", form=Form(kind="palette"), stages=(first,)),
+        row(name="+ Stage II", group="paper", stages=(first, second)),
     )
-    wild = replace(rows[1], name="wild", stages=(Stage(),), changed=(("lr", 1e30),))
+    wild = row(name="wild", group="control", stages=(first,), changed=(("lr", 1e30),))
     made = Ablation(SETTINGS["smoke"], rows, folder / "rows", folder / "work")
     assert set(made.table().state) == {"left"}
-    done = []
+    kept = {}
     with pytest.raises(RowsFailed, match=r"wild, seed 0: .*(NaN|finite)"):
-        for row, _, _ in replace(made, rows=(*rows, wild)).run(workers=2):
-            done.append(row.name)
-    assert sorted(done) == ["+ Stage II", "not trained", "palettes"]
-    assert state_of(made, wild, 0) == "left"
-    return made
+        for done, _, _ in replace(made, rows=(*rows, wild)).run(workers=2):
+            kept[done.name] = {path.name for path in made.work.glob("stage*") if path.is_dir()}
+    assert state_of(made, wild, 0) == "left"  # which stopped no other
+    return made, kept
+
+
+@pytest.fixture(scope="module")
+def small(run):
+    """The rows."""
+    return run[0]
 
 
 def test_finished_rows_are_files_and_are_not_repeated(small):
@@ -81,6 +78,7 @@ def test_finished_rows_are_files_and_are_not_repeated(small):
     assert sorted(files) == [
         "baseline--palettes--0.json",
         "control--not-trained--0.json",
+        "paper--stage-i--0.json",
         "paper--stage-ii--0.json",
     ]
     assert list(small.run()) == []
@@ -101,8 +99,7 @@ def test_rows_hold_what_was_found_for_each_prompt(small):
 
 
 def test_rows_begin_with_the_same_first_stage(small, nine):
-    both = small.rows[1]
-    first = Row(name="Stage I", group="paper", form=nine, stages=both.stages[:1])
+    first, both = small.rows[1], small.rows[3]
     assert small.stage_folder(first, 0, 0) == small.stage_folder(both, 0, 0)
     others = {
         small.stage_folder(both, 0, 1),
@@ -114,19 +111,13 @@ def test_rows_begin_with_the_same_first_stage(small, nine):
     assert len(others) == 5 and small.stage_folder(first, 0, 0) not in others
 
 
-def test_checkpoints_are_kept_as_long_as_rows_need_them(small, nine, tmp_path):
-    both = small.rows[1]
-    first = Row(name="Stage I", group="paper", form=nine, stages=both.stages[:1], seeds=(0,))
-    made = Ablation(small.setting, (both, first), tmp_path / "rows", tmp_path)
-    rows = made.run(workers=1)
-    assert next(rows)[0] == first  # rows of one stage come first
-    kept = [path.name for path in tmp_path.glob("stage*") if path.is_dir()]
-    assert kept == [made.stage_folder(first, 0, 0).name]
-    log = (tmp_path / kept[0] / "log.csv").read_bytes()
-    assert [row for row, _, _ in rows] == [both]
-    assert [path for path in tmp_path.glob("stage*") if path.is_dir()] == []
-    alone = record_of(small, both, 0)["found"]  # which was taught from the beginning
-    assert log and record_of(made, both, 0)["found"]["mse"] == alone["mse"]
+def test_checkpoints_are_kept_as_long_as_rows_need_them(run):
+    made, kept = run
+    both = next(row for row in made.rows if row.name == "+ Stage II")
+    first, second = (made.stage_folder(both, 0, number).name for number in range(2))
+    assert list(kept)[-1] == "+ Stage II"  # rows of one stage come first
+    assert first in kept["Stage I"] and first not in kept["+ Stage II"]
+    assert all(second not in folders for name, folders in kept.items() if name == "+ Stage II")
 
 
 def test_training_changes_a_student(small):
@@ -135,7 +126,7 @@ def test_training_changes_a_student(small):
 
 
 def test_a_row_of_other_settings_is_not_done(small, nine):
-    row = small.rows[1]
+    row = small.rows[3]
     for other in (
         replace(small, setting=replace(small.setting, lr=1e-3)),
         replace(small, rows=(replace(row, stages=row.stages[:1]),)),
@@ -185,9 +176,9 @@ def test_the_result_has_the_smallest_student_and_what_it_is_measured_by():
 
 def test_finished_rows_are_read(small):
     rows = finished(small)
-    assert list(rows) == ["not trained", "+ Stage II", "palettes"]
+    assert list(rows) == ["not trained", "Stage I", "palettes", "+ Stage II"]
     assert all(values.shape == (1, 6) for row in rows.values() for values in row.scores.values())
     table = row_table(rows)
     assert (
-        len(table) == 9 and (table.low <= table.value).all() and (table.value <= table.high).all()
+        len(table) == 12 and (table.low <= table.value).all() and (table.value <= table.high).all()
     )
