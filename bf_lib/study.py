@@ -46,7 +46,7 @@ class Study:
     timed_threads: int = 2  # of a process in which packed checkpoints are timed
     student_bits: float | None = None  # stored; of the optimum to train, or notebook 06's recipe
     examples: int = 20_000  # that a student learns from
-    student_batch: int = 32
+    student_batch: int = 16
     student_parts: int = 1  # of a batch, one after the other, which takes less memory
     student_precision: str = "no"  # of forward passes in training: that of weights, or "bf16"
     first_lr: float = 1e-5  # of Stage I; the paper's
@@ -110,8 +110,8 @@ _MINI = {
     "workers": 2,
     "student_bits": 1.83,  # 1.60 paper bits; at 1.99 there is hardly anything to be learnt back
     "first_lr": 3e-4,
-    "first_steps": 600,
-    "second_steps": 300,
+    "first_steps": 1000,
+    "second_steps": 500,
 }
 
 PRESETS: dict[str, dict[str, object]] = {
