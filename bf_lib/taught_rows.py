@@ -11,6 +11,7 @@ __all__ = ["Ablation", "RowsFailed", "record_of", "state_of"]
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -167,6 +168,8 @@ _process: tuple[Ablation, Bench] | None = None
 def _start(ablation: Ablation) -> None:
     global _process
     end_with_parent()
+    os.environ["BF_HEADLESS"] = "1"  # the bars of several processes would overwrite each other
+    os.environ.pop("BF_PROGRESS", None)
     make_deterministic(1)
     _process = ablation, exam_of(ablation.setting).bench(load_pipeline(ablation.setting.model))
 
