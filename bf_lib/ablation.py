@@ -18,7 +18,9 @@ from bf_lib.allocation import extended
 from bf_lib.artifacts import load_json, load_table
 from bf_lib.atomic import write_atomically
 from bf_lib.curriculum import (
+    ETAS,
     FRONTIER,
+    RULED,
     Setting,
     ablation_rows,
     frontier_name,
@@ -40,7 +42,7 @@ from bf_lib.timecache import sampling_steps
 SETTINGS = {
     "mini": Setting(),
     # As long as notebooks 08 and 09 teach, which have one student.
-    "result": replace(study_setting(Study.of("mini")), asked=(512, 300)),
+    "result": replace(study_setting(Study.of("mini")), asked=(512, 500)),
     "smoke": Setting(
         scenes=8,
         steps=1,
@@ -68,6 +70,11 @@ def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
         return Choices.of(unet, layers, extended(errors, weight_errors), steps)
 
     estimated, swept = choices("estimated", "score"), choices("sensitivity", "mse")
+    drops = error_table(load_table(folder / "sensitivity.csv"), "clip_drop", layers)[9]
+
+    def rule(size: int, eta: float = 0.3) -> Recipe:
+        return by_rule(swept, size, eta, drops)
+
     same = {str(n): recipe_study.uniform(estimated, n) for n in (3, 5)}
     optimum = Recipe.load(runs_folder("mini", "06_bit_allocation") / "recipe.json")
     parameters = size_report(unet, None, steps).parameters
@@ -81,7 +88,8 @@ def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
         same
         | {"optimum": optimum}
         | {name: by_optimum(estimated, size)[0] for name, size in sizes.items()}
-        | {f"eta {e:g}": by_rule(swept, as_large["optimum"], e) for e in (0.0, 0.3, 0.5)}
+        | {"rule": rule(as_large["optimum"]), "rule as large as 5": rule(as_large["5"])}
+        | {f"eta {e:g}": rule(int(RULED * parameters / 8), e) for e in ETAS}
     )
 
 

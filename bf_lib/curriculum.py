@@ -5,8 +5,10 @@ form and in its stages (BitsFusion, §4.2 and Tables 4 to 7).
 """
 
 __all__ = [
+    "ETAS",
     "FRONTIER",
     "ONE_SEED",
+    "RULED",
     "Row",
     "Setting",
     "Stage",
@@ -28,10 +30,12 @@ from bf_lib.times import beta, uniform
 from bf_lib.training import Plan
 
 FRONTIER = (1.83, 2.0, 2.3, 3.0, 4.0)  # stored bits of students of both stages
+ETAS = (0.0, 0.3, 0.5)  # of the paper's Table 5
+RULED = 2.0  # stored bits of recipes by these; at more, there is little to be seen
 STAGES = 2  # at most
 # Groups of points along a line, of values of the paper's, and of what it does not say.
 ONE_SEED = ("frontier", "one seed", "choices")
-RATES = (0.001, 0.003)  # weights of a rate term, in half a Stage I more for the smallest
+RATES = (0.0, 0.001, 0.003)  # weights of a rate term, in half a Stage I more for the smallest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,8 @@ class Stage:
                 (".up", setting.low_rank_rate),
             ),
             save_every=100,
-            seed=STAGES * seed + number,  # each stage draws other numbers
+            # Each stage draws other numbers, and Stage II the same whatever came before it.
+            seed=STAGES * seed + max(number, int(self.fine_tuning)),
         )
 
     def lesson(self, setting: Setting, examples: Path) -> Lesson:
@@ -128,16 +133,17 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
     so what is asked about training is asked of 3 levels everywhere, which break it.
 
     Arguments:
-        recipes: By name: "3" and "5", all layers with so many levels; "eta 0", "eta 0.3" and
-            "eta 0.5" by the paper's rule, of 1.99 paper bits; "optimum" of notebook 06, as large;
-            "optimum as large as 5"; and optima by their stored bits, as `frontier_name` says.
+        recipes: By name: "3" and "5", all layers with so many levels; "optimum" of notebook 06, of
+            1.99 paper bits, and "rule", the paper's, as large; "optimum as large as 5" and "rule
+            as large as 5"; "eta 0" and so on by `ETAS`; and optima by their stored bits, as
+            `frontier_name` says.
         measured: The density of time-steps that is fitted to a measured error (Eq. 9).
     """
     forms = {name: Form(levels=tuple(recipe.levels.items())) for name, recipe in recipes.items()}
     base = Stage(feature_weight=0.0, density=tuple(uniform().tolist()))
     features = replace(base, feature_weight=0.01)
     first, second = Stage(), Stage(objective="noise", fine_tuning=True)
-    three, five, rule = forms["3"], forms["5"], forms["eta 0.3"]
+    three, five, rule = forms["3"], forms["5"], forms["rule"]
     plain = Form(kind="plain", scales="minmax", cached=False)
     paper = {
         "QAT-Base": (plain, (base,)),
@@ -155,6 +161,7 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
         "full precision, Stage II": (Form(kind="full"), (second,)),
         "3 levels, not trained": (three, ()),
         "paper's rule, not trained": (rule, ()),
+        "paper's rule, optimal scales, not trained": (replace(rule, scales="optimal"), ()),
         "optimum, not trained": (forms["optimum"], ()),
     }
     grids = {
@@ -164,6 +171,7 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
         "5 levels": (five, (first,)),
         "optimum": (forms["optimum"], (first,)),
         "optimum, as large as 5 levels": (forms["optimum as large as 5"], (first,)),
+        "paper's rule, as large as 5 levels": (forms["rule as large as 5"], (first,)),
     }
     training = {
         "no features": (replace(first, feature_weight=0.0),),
@@ -176,16 +184,17 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
         "Stage II": (first, second),
     }
     training = {f"3 levels, {name}": (three, stages) for name, stages in training.items()}
-    training["3 levels, optimal scales"] = replace(three, scales="optimal"), (first,)
+    # At 3 levels alternating scales are all but optimal, so they are compared at more.
+    training["paper's rule, optimal scales"] = replace(rule, scales="optimal"), (first,)
     baselines = {
         "LoRA, 2 bits": (Form(kind="lora"), (replace(base, objective="guided"),)),
         "palettes, 2 bits": (Form(kind="palette"), ()),
         "palettes, 2 bits, trained": (Form(kind="palette"), (first,)),
         "reconstruction, 4 bits": (Reconstruction(), ()),
     }
-    frontier = {
-        f"{bits:g} bits": (forms[frontier_name(bits)], (first, second)) for bits in FRONTIER
-    }
+    optima = {f"{bits:g} bits": forms[frontier_name(bits)] for bits in FRONTIER}
+    frontier = {f"{name}, not trained": (form, ()) for name, form in optima.items()}
+    frontier |= {name: (form, (first, second)) for name, form in optima.items()}
     smallest = forms[frontier_name(FRONTIER[0])]
     for weight in RATES:
         stages = first, replace(first, share=0.5, rate_weight=weight)
@@ -202,7 +211,7 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
         "3 levels, features not relative": ("relative", False),
         "3 levels, weights not averaged": ("ema", 0.0),
     }
-    single |= {f"eta {eta:g}": (forms[f"eta {eta:g}"], (first,)) for eta in (0.0, 0.5)}
+    single |= {f"eta {eta:g}": (forms[f"eta {eta:g}"], (first,)) for eta in ETAS}
     groups = {"paper": paper, "ends": ends, "grids": grids, "training": training}
     groups |= {"baseline": baselines, "frontier": frontier, "one seed": single}
     rows = [
@@ -226,21 +235,20 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
 
 
 def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
-    """Returns the rows of the result: the smallest student, and what it is measured by.
+    """Returns the rows of the result: two students, and what they are measured by.
 
     Arguments:
         recipes: As of `ablation_rows`.
     """
-    recipe = recipes[frontier_name(FRONTIER[0])]
-    form, full = Form(levels=tuple(recipe.levels.items())), Form(kind="full")
+    sizes = {"smallest": frontier_name(FRONTIER[0]), "1.99 paper bits": "optimum"}
     first, second = Stage(), Stage(objective="noise", fine_tuning=True)
-    rows = {
-        "full precision": (full, ()),
-        "not trained": (form, ()),
-        "Stage II": (form, (first, second)),
-        "full precision, Stage II": (full, (second,)),
-    }
-    rows[f"rate {RATES[0]:g}"] = form, (first, replace(first, share=0.5, rate_weight=RATES[0]))
+    full = Form(kind="full")
+    rows = {"full precision": (full, ()), "full precision, Stage II": (full, (second,))}
+    for size, name in sizes.items():
+        form = Form(levels=tuple(recipes[name].levels.items()))
+        rows[f"{size}, not trained"] = form, ()
+        rows[f"{size}, Stage I"] = form, (first,)
+        rows[f"{size}, Stage II"] = form, (first, second)
     return [_row(name, "result", form, stages) for name, (form, stages) in rows.items()]
 
 

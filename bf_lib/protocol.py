@@ -182,7 +182,7 @@ def study_exam(study: Study, students: Sequence[Student], seed: int) -> Exam:
         students: Packed UNets.
         seed: That of the study; its challenges are others than those of `study_trials`.
     """
-    judged = (study.examined, 300 + seed) if study.model == "mini" else None
+    judged = (study.examined, 400 + seed) if study.model == "mini" else None
     asked = [c.prompt for c in challenges(*judged)] if judged else study_prompts(study, seed)
     return Exam(study_sweep(study, asked, [], seed + 3), (), judged, tuple(students))
 

@@ -36,7 +36,7 @@ from bf_lib.forms import as_stored
 from bf_lib.models import load_pipeline
 from bf_lib.packed_unets import pack_student, save_packed
 from bf_lib.processes import end_with_parent, make_deterministic
-from bf_lib.provenance import versions
+from bf_lib.provenance import code_version, versions
 from bf_lib.reconstruction import Reconstruction
 from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.teaching import Teaching
@@ -130,7 +130,9 @@ class Ablation:
 
 def settings_of(ablation: Ablation, row: Row, seed: int) -> dict:
     """Returns what a row was, or is to be, made with; long lists by their digests."""
-    said = {"setting": asdict(ablation.setting), "row": asdict(row), "seed": seed}
+    setting = row.setting(ablation.setting)
+    plans = [asdict(stage.plan(setting, seed, n)) for n, stage in enumerate(row.stages)]
+    said = {"setting": asdict(ablation.setting), "row": asdict(row), "seed": seed, "plans": plans}
     del said["row"]["seeds"]
     return json.loads(json.dumps(_shortened(said)))
 
@@ -199,7 +201,9 @@ def _make(row: Row, seed: int) -> float:
         "paper_bits": size.paper_bits,
         "coded_mb": None if coded is None else coded / 1e6,
         "coded_bits": None if coded is None else 8 * coded / size.parameters,
-        "minutes": round(minutes, 1),
+        "losses": _last_losses(ablation, row, seed),
+        "minutes": round(minutes, 1),  # of this piece, if it was interrupted
+        "code": code_version(),
         "versions": versions(),
         "found": {name: _rounded(value) for name, value in found.items()},
     }
@@ -216,6 +220,12 @@ def _tidy(ablation: Ablation, row: Row, seed: int) -> None:
         folder = ablation.stage_folder(row, seed, number)
         if folder not in needed:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_losses(ablation: Ablation, row: Row, seed: int) -> list[dict[str, float]]:
+    """Returns the last row of each stage's log: means of losses, and the seconds of a step."""
+    logs = [ablation.stage_folder(row, seed, n) / "log.csv" for n in range(len(row.stages))]
+    return [pd.read_csv(log).iloc[-1].to_dict() for log in logs]
 
 
 def _rounded(value: object) -> object:

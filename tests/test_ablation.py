@@ -11,6 +11,7 @@ import torch
 from bf_lib.ablation import SETTINGS
 from bf_lib.ablation_study import finished, row_table
 from bf_lib.curriculum import (
+    ETAS,
     FRONTIER,
     ONE_SEED,
     Row,
@@ -29,7 +30,8 @@ from bf_lib.student import quantize
 from bf_lib.taught_rows import Ablation, RowsFailed, record_of, state_of
 from bf_lib.times import uniform
 
-NAMES = ["3", "5", "optimum", "optimum as large as 5", "eta 0", "eta 0.3", "eta 0.5"]
+NAMES = ["3", "5", "optimum", "rule", "optimum as large as 5", "rule as large as 5"]
+NAMES += [f"eta {eta:g}" for eta in ETAS]
 NAMES += [frontier_name(bits) for bits in FRONTIER]
 
 
@@ -89,6 +91,9 @@ def test_rows_hold_what_was_found_for_each_prompt(small):
     for row in small.rows:
         record = record_of(small, row, 0)
         found = record["found"]
+        assert [set(losses) >= {"loss", "noise", "step"} for losses in record["losses"]] == [
+            True for _ in row.stages
+        ]
         assert all(len(found[score]) == 6 for score in ("mse", "clip", "passed", "perceptual"))
         assert np.isfinite(found["mse"]).all() and min(found["mse"]) > 0
         assert 0 < record["paper_bits"] < record["stored_bits"] < 5
@@ -123,6 +128,15 @@ def test_checkpoints_are_kept_as_long_as_rows_need_them(run):
 def test_training_changes_a_student(small):
     before, after = (record_of(small, row, 0)["found"]["mse"] for row in small.rows[:2])
     assert before != after
+
+
+def test_stage_two_draws_the_same_whatever_came_before():
+    first, second = Stage(), Stage(objective="noise", fine_tuning=True)
+    setting = SETTINGS["mini"]
+    after, alone = second.plan(setting, 1, 1), second.plan(setting, 1, 0)
+    assert after == alone and after.lr == setting.fine_tuning_lr
+    seeds = [stage.plan(setting, seed).seed for stage in (first, second) for seed in range(3)]
+    assert len(set(seeds)) == 6
 
 
 def test_a_row_of_other_settings_is_not_done(small, nine):
@@ -169,8 +183,10 @@ def test_the_study_has_the_rows_of_the_paper_with_three_seeds(unet):
 def test_the_result_has_the_smallest_student_and_what_it_is_measured_by():
     recipes = {name: Recipe({"a": 3}) for name in NAMES}
     rows = {row.name: row for row in result_rows(recipes)}
-    assert {"full precision", "not trained", "Stage II"} <= set(rows)
-    assert rows["Stage II"].seeds == (0, 1, 2) and SETTINGS["result"].asked[0] >= 512
+    for size in ("smallest", "1.99 paper bits"):
+        assert rows[f"{size}, not trained"].seeds == (0,)
+        assert rows[f"{size}, Stage II"].seeds == rows[f"{size}, Stage I"].seeds == (0, 1, 2)
+    assert SETTINGS["result"].asked[0] >= 512
     assert SETTINGS["result"].asked[1] != SETTINGS["mini"].asked[1]
 
 
