@@ -105,7 +105,7 @@ def test_learning_is_better_than_rounding_to_nearest(pipe, inputs):
 
 def test_scales_of_both_parts_of_a_split_are_counted(pipe):
     size = Reconstruction(bits=4).size(pipe.unet, 50)
-    plain = Form(kind="plain", bits=4, cached=False).size(pipe.unet, 50)
+    plain = Form(kind="plain", bits=4).size(pipe.unet, 50)
     channels = sum(pipe.unet.get_submodule(n).out_channels for n in shortcut_splits(pipe.unet))
     assert 8 * (size.stored_bytes - plain.stored_bytes) == pytest.approx(20 * channels, rel=0.01)
     assert 4 < size.paper_bits < 6
