@@ -1,7 +1,9 @@
 """The ablation of the study: what it takes of the notebooks before, and the command that makes it.
 
-python -m bf_lib.ablation --rows result   # goes on with what is left of it
-python -m bf_lib.ablation --list          # says what is done and what is left of "mini"
+    python -m bf_lib.ablation --rows result   # goes on with what is left of it
+    python -m bf_lib.ablation --list          # says what is done and what is left of "mini"
+
+Rows are files, see `bf_lib.taught_rows`.
 """
 
 __all__ = ["SETTINGS", "study_ablation", "study_recipes"]

@@ -6,9 +6,11 @@ form and in its stages (BitsFusion, §4.2 and Tables 4 to 7).
 
 __all__ = [
     "ETAS",
+    "FIRST",
     "FRONTIER",
     "ONE_SEED",
     "RULED",
+    "SECOND",
     "Row",
     "Setting",
     "Stage",
@@ -110,6 +112,9 @@ class Stage:
         )
 
 
+FIRST, SECOND = Stage(), Stage(objective="noise", fine_tuning=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A row of the ablation."""
@@ -142,7 +147,7 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
     forms = {name: Form(levels=tuple(recipe.levels.items())) for name, recipe in recipes.items()}
     base = Stage(feature_weight=0.0, density=tuple(uniform().tolist()))
     features = replace(base, feature_weight=0.01)
-    first, second = Stage(), Stage(objective="noise", fine_tuning=True)
+    first, second = FIRST, SECOND
     three, five, rule = forms["3"], forms["5"], forms["rule"]
     plain = Form(kind="plain", scales="minmax", cached=False)
     paper = {
@@ -241,7 +246,7 @@ def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
         recipes: As of `ablation_rows`.
     """
     sizes = {"smallest": frontier_name(FRONTIER[0]), "1.99 paper bits": "optimum"}
-    first, second = Stage(), Stage(objective="noise", fine_tuning=True)
+    first, second = FIRST, SECOND
     full = Form(kind="full")
     rows = {"full precision": (full, ()), "full precision, Stage II": (full, (second,))}
     for size, name in sizes.items():

@@ -26,7 +26,7 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from bf_lib.allocation import extended
-from bf_lib.curriculum import Setting, Stage
+from bf_lib.curriculum import FIRST, SECOND, Setting
 from bf_lib.evaluation import challenges
 from bf_lib.examples import folder_examples, scene_examples
 from bf_lib.exams import Exam, Student
@@ -231,7 +231,7 @@ def study_examples(
 
 def study_plan(study: Study, seed: int, stage: int) -> Plan:
     """Returns how a student of the study is taught in Stage I or II, as the ablation's are."""
-    return Stage(fine_tuning=stage == 2).plan(study_setting(study), seed, stage - 1)
+    return (FIRST, SECOND)[stage - 1].plan(study_setting(study), seed, stage - 1)
 
 
 def study_setting(study: Study) -> Setting:

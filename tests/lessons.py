@@ -6,10 +6,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from toys import toy_pipeline
 
+from bf_lib.curriculum import ETAS, FRONTIER, frontier_name
 from bf_lib.examples import Examples
 from bf_lib.layers import list_layers
 from bf_lib.student import quantize
 from bf_lib.teaching import Lesson
+
+# The names of the ablation's recipes.
+RECIPES = ["3", "5", "optimum", "rule", "optimum as large as 5", "rule as large as 5"]
+RECIPES += [f"eta {eta:g}" for eta in ETAS] + [frontier_name(bits) for bits in FRONTIER]
 
 TIMES = list(range(50, 1000, 100))  # the students have features of
 

@@ -4,23 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from lessons import RECIPES
 
-from bf_lib.ablation_study import (
+from bf_lib.ablation_study import SCORES, Finished, Spread, difference, difference_table
+from bf_lib.curriculum import ablation_rows
+from bf_lib.paper_claims import (
     ALONE,
     CLAIMS,
     LEFT,
     NOISE,
     NOT_REPRODUCED,
     REPRODUCED,
-    SCORES,
-    Finished,
     PaperClaim,
-    Spread,
     claim_table,
-    difference,
-    difference_table,
 )
-from bf_lib.curriculum import ETAS, FRONTIER, ablation_rows, frontier_name
 from bf_lib.recipe import Recipe
 from bf_lib.times import uniform
 
@@ -154,9 +151,6 @@ def test_one_training_each_is_marked_and_says_nothing_by_itself():
 
 
 def test_claims_are_about_rows_that_there_are():
-    names = ["3", "5", "optimum", "rule", "optimum as large as 5", "rule as large as 5"]
-    names += [f"eta {eta:g}" for eta in ETAS]
-    names += [frontier_name(bits) for bits in FRONTIER]
-    recipes = {name: Recipe({"a": 3}) for name in names}
+    recipes = {name: Recipe({"a": 3}) for name in RECIPES}
     rows = {row.name for row in ablation_rows(recipes, uniform().tolist())}
     assert {claim.better for claim in CLAIMS} | {claim.worse for claim in CLAIMS} <= rows
