@@ -24,10 +24,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
-import psutil
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
@@ -41,6 +39,7 @@ from bf_lib.packed_weights import SCALES, decoded_in, scale_of, stored_scale
 from bf_lib.packing import pack, unpack_, word
 from bf_lib.recipe import Recipe, published_recipe
 from bf_lib.timecache import sampling_steps
+from bf_lib.timing import loaded, medians_in_turns, unet_inputs
 
 REPEATS = 5  # of a step, in turns; medians are reported
 
@@ -161,17 +160,8 @@ def loaded_costs(folder: Path, latents: int = 32, threads: int | None = None) ->
 
 def _load_and_step(folder: Path, latents: int) -> dict[str, float]:
     """Loads a packed UNet, and times its steps: the work of one process of `loaded_costs`."""
-    torch.zeros(64, 64) @ torch.zeros(64, 64)  # what torch sets up at first use
-    gc.collect()
-    process = psutil.Process()
-    before, started = process.memory_info().rss, time.perf_counter()
-    unet = load_packed(folder)
-    loading = time.perf_counter() - started
-    gc.collect()
-    resident = process.memory_info().rss - before
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, unet.config.in_channels, latents, latents, generator=generator)
-    text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
+    unet, loading, grown = loaded(lambda: load_packed(folder))
+    x, text = unet_inputs(unet, latents)
     t = unet.time_proj.timesteps[-1]
 
     def step(model: nn.Module) -> Callable[[], Tensor]:
@@ -182,14 +172,8 @@ def _load_and_step(folder: Path, latents: int) -> dict[str, float]:
     steps = {"packed_s": step(unet), "dense_s": step(dense), "full_s": step(full)}
     results = [run() for run in steps.values()]  # the first decodes what is kept
     differ = sum(int((result != results[0]).sum()) for result in results)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(REPEATS):
-        for name, run in steps.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: median(values) for name, values in seconds.items()}
-    return {"load_s": loading, "resident_mb": resident / 1e6, "differ": differ} | medians
+    found = {"load_s": loading, "resident_mb": grown / 1e6, "differ": differ}
+    return found | medians_in_turns(steps, REPEATS)
 
 
 def decode_speeds(

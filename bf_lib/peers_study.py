@@ -2,22 +2,17 @@
 
 __all__ = ["stored_by"]
 
-import gc
 import importlib
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from math import prod
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import pandas as pd
-import psutil
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
@@ -26,6 +21,7 @@ from torch import Tensor, nn
 from bf_lib.layers import Layer, all_layers
 from bf_lib.peers import Peer, installed
 from bf_lib.processes import end_with_parent
+from bf_lib.timing import loaded, medians_in_turns, unet_inputs
 
 COLUMNS = [
     "peer",
@@ -133,48 +129,22 @@ def _loaded(
     if peer.package is not None:
         importlib.import_module(peer.package)
     full = _original(original)  # first, so that the growth is not that of diffusers at first use
-    torch.zeros(64, 64) @ torch.zeros(64, 64)
-    gc.collect()
-    process = psutil.Process()
-    before, started = process.memory_info().rss, time.perf_counter()
-    unet = peer.load(folder)
-    loading = time.perf_counter() - started
-    for tensor in chain(unet.parameters(), unet.buffers()):
-        _touch(tensor)
-    gc.collect()
-    resident = process.memory_info().rss - before
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, full.config.in_channels, latents, latents, generator=generator)
-    text = torch.randn(2, 77, full.config.cross_attention_dim, generator=generator)
+    unet, loading, grown = loaded(lambda: peer.load(folder))
+    x, text = unet_inputs(full, latents)
 
     @torch.no_grad()  # not inference mode, in which quanto does not run
     def step(model: nn.Module) -> Tensor:
         return model(x, torch.tensor(timestep), encoder_hidden_states=text).sample
 
     got, wanted = step(unet), step(full)  # which also compiles what is to be compiled
-    seconds: dict[str, list[float]] = {"step_s": [], "full_step_s": []}
-    for _ in range(repeats):
-        for name, model in zip(seconds, (unet, full), strict=True):
-            started = time.perf_counter()
-            step(model)
-            seconds[name].append(time.perf_counter() - started)
+    runs = {"step_s": lambda: step(unet), "full_step_s": lambda: step(full)}
     error = ((got - wanted).norm() / wanted.norm()).item()
-    medians = {name: median(values) for name, values in seconds.items()}
-    return {"relative_error": error, "load_s": loading, "resident_mb": resident / 1e6} | medians
+    found = {"relative_error": error, "load_s": loading, "resident_mb": grown / 1e6}
+    return found | medians_in_turns(runs, repeats)
 
 
 def _original(folder: Path) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
-
-
-def _touch(tensor: Tensor) -> None:
-    """Reads a byte of each page of a tensor: of a mapped file, only what is read is in memory."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for part in tensor.__tensor_flatten__()[0]:
-            _touch(getattr(tensor, part))
-    else:
-        storage = tensor.detach().untyped_storage()
-        torch.empty(0, dtype=torch.uint8).set_(storage)[::1024].sum()
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, tuple[str, int]]]:

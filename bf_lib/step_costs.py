@@ -3,9 +3,8 @@
 __all__ = ["step_costs"]
 
 import copy
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 
 import pandas as pd
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from bf_lib.distillation import noise_loss
-from bf_lib.teaching import Teaching, predicted
+from bf_lib.noising import predicted
+from bf_lib.teaching import Teaching
+from bf_lib.timing import medians_in_turns
 
 
 def step_costs(teaching: Teaching, size: int, repeats: int = 5) -> pd.DataFrame:
@@ -51,32 +52,29 @@ def step_costs(teaching: Teaching, size: int, repeats: int = 5) -> pd.DataFrame:
         "plain fine-tuning": (fine_tuning, plain),
         "Stage I": (stage_one, teaching.model),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        for name, (loss, model) in steps.items():
-            took = _timed(loss, model, teaching.device)
-            if turn:  # the first is slower than those after it
-                seconds[name].append(took)
+    runs = {name: partial(_step, *step) for name, step in steps.items()}
+    for run in runs.values():  # the first is slower than those after it
+        run()
+    seconds = medians_in_turns(runs, repeats, partial(_synchronize, teaching.device))
     return pd.DataFrame(
         {
             "what": list(steps),
-            "seconds": [median(values) for values in seconds.values()],
+            "seconds": list(seconds.values()),
             "kept_mb": [_kept_bytes(loss, model) / 1e6 for loss, model in steps.values()],
         }
     )
 
 
-def _timed(
-    loss: Callable[[], Tensor | None], model: nn.Module | None, device: torch.device
-) -> float:
-    started = time.perf_counter()
+def _step(loss: Callable[[], Tensor | None], model: nn.Module | None) -> None:
     found = loss()
     if model is not None:
         found.backward()
         model.zero_grad(set_to_none=True)
+
+
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def _kept_bytes(loss: Callable[[], Tensor | None], model: nn.Module | None) -> int:

@@ -10,7 +10,7 @@ ten is left out. On z_t and t,
   2023, https://arxiv.org/abs/2310.03270): both predict with and without the caption.
 """
 
-__all__ = ["OBJECTIVES", "Batch", "Lesson", "Teaching", "example_losses", "predicted"]
+__all__ = ["OBJECTIVES", "Lesson", "Teaching", "example_losses"]
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,6 +26,7 @@ from bf_lib.coded_rate import coded_bits
 from bf_lib.distillation import BlockFeatures, feature_loss, noise_loss
 from bf_lib.examples import Examples
 from bf_lib.models import load_pipeline
+from bf_lib.noising import Batch, noised, predicted
 from bf_lib.times import draw_times
 from bf_lib.training_state import load_ema
 
@@ -55,16 +56,6 @@ class Lesson:
             and self.guidance >= 1
         ):
             raise ValueError(f"impossible lesson: {self}")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Noised latents at their time-steps, with text."""
-
-    x: Tensor  # (n, c, h, w)
-    t: Tensor  # (n,)
-    text: Tensor  # (n, tokens, width)
-    noise: Tensor  # (n, c, h, w)
 
 
 class Teaching:
@@ -107,8 +98,7 @@ class Teaching:
         t = draw_times(self.density, size, generator) if t is None else t
         t = t.to(self.device)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        a = self.alphas[t].view(-1, 1, 1, 1)
-        x = a.sqrt() * latents.to(self.device) + (1 - a).sqrt() * noise
+        x = noised(latents.to(self.device), noise, self.alphas[t])
         return Batch(x, t, self.encode(texts), noise)
 
     @torch.no_grad()
@@ -159,11 +149,6 @@ class Teaching:
     def _guided(self, noise: Tensor) -> Tensor:
         unconditional, conditional = noise.chunk(2)
         return unconditional + self.lesson.guidance * (conditional - unconditional)
-
-
-def predicted(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
-    """Returns the noise that a UNet predicts of a batch, with shape (n, c, h, w)."""
-    return unet(batch.x, batch.t, encoder_hidden_states=batch.text, return_dict=False)[0]
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ import pandas as pd
 import torch
 
 from bf_lib.distillation import latent_error
+from bf_lib.noising import predicted
 from bf_lib.progress import progress
-from bf_lib.teaching import Teaching, predicted
+from bf_lib.teaching import Teaching
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bf_lib.mini import TOKENS, new_unet, new_vae, to_float, tokenize
+from bf_lib.noising import noised
 from bf_lib.train_text import load_text_encoder
 from bf_lib.training import Plan
 from bf_lib.training_data import (
@@ -200,12 +201,12 @@ class GeneratorTask:
         quantile = (torch.arange(size) + torch.rand(size, generator=generator)) / size
         t = (1000 * quantile ** (1 / self.late)).long().clamp(max=999)
         noise = torch.randn(z.shape, generator=generator)
-        alpha = self.alphas[t].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
+        alpha = self.alphas[t]
+        noisy = noised(z, noise, alpha)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = self.model(noisy, t, context).sample.float()
         error = (predicted - noise).pow(2).mean(dim=(1, 2, 3))
-        snr = (alpha / (1 - alpha)).flatten()
+        snr = alpha / (1 - alpha)
         weight = (snr + SNR_FLOOR).clamp(max=SNR_CAP) / snr
         return {"loss": (error * weight).mean(), "mse": error.mean()}
 

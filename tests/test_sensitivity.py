@@ -19,13 +19,17 @@ from toys import toy_unet
 
 from bf_lib import jobs
 from bf_lib.atomic import DiskFull, append_line
+from bf_lib.fakequant import attach_fake_quantizer_
 from bf_lib.grids import alternating_scale, fake_quantize
 from bf_lib.jobs import TaskFailed, run_job
 from bf_lib.layers import get_layer, list_layers
 from bf_lib.metrics import load_metrics
 from bf_lib.models import load_pipeline
+from bf_lib.packed_config import BitsFusionConfig
+from bf_lib.packed_unets import pack_
 from bf_lib.paths import ROOT
 from bf_lib.protocol import study_layers, study_prompts, study_sweep
+from bf_lib.recipe import Recipe
 from bf_lib.sampling import Sampler
 from bf_lib.sensitivity import (
     Sweep,
@@ -292,6 +296,18 @@ def test_a_layer_that_cannot_be_quantized_is_named():
     with torch.no_grad():
         get_layer(unet, name).weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=f"{name}: "), quantized(unet, name, 3):
+        pass
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_that_is_quantized_already_is_refused(packed):
+    unet = toy_unet()
+    name = list_layers(unet)[0].name
+    if packed:
+        pack_(unet, BitsFusionConfig(Recipe({layer.name: 3 for layer in list_layers(unet)})))
+    else:
+        attach_fake_quantizer_(get_layer(unet, name), 3)
+    with pytest.raises(ValueError, match="quantized already"), quantized(unet, name, 3):
         pass
 
 

@@ -8,7 +8,8 @@ import torch
 from lessons import same, seeded, ternary, toy_lesson
 
 from bf_lib.distillation import BlockFeatures, feature_loss
-from bf_lib.teaching import Teaching, example_losses, predicted
+from bf_lib.noising import predicted
+from bf_lib.teaching import Teaching, example_losses
 from bf_lib.times import beta
 from bf_lib.training import Plan, fit
 from bf_lib.training_state import load_ema

@@ -6,7 +6,8 @@ import pytest
 import torch
 from lessons import TIMES, same, seeded, ternary, toy_lesson
 
-from bf_lib.teaching import Teaching, predicted
+from bf_lib.noising import predicted
+from bf_lib.teaching import Teaching
 from bf_lib.time_errors import errors_over_time
 
 

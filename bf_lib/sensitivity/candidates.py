@@ -61,9 +61,12 @@ def quantized(unet: nn.Module, name: str, levels: int) -> Iterator[float]:
         The relative squared error of the layer's weight.
 
     Raises:
-        ValueError: If the layer's weight cannot be quantized; it says which layer it is.
+        ValueError: If the layer's weight cannot be quantized, or is not its own because it is
+            packed or trained as a quantized one; it says which layer it is.
     """
     weight = get_layer(unet, name).weight
+    if not isinstance(weight, nn.Parameter):  # it is computed, and what is written to it is lost
+        raise ValueError(f"{name}: the weight is quantized already")
     kept = weight.detach().clone()
     try:
         approximation = fake_quantize(kept, alternating_scale(kept, levels), levels)

@@ -15,7 +15,7 @@ __all__ = ["TrainedBench", "TrainedSweep", "Training"]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LinearLR
 from bf_lib.fakequant import attach_fake_quantizer_
 from bf_lib.grids import levels_of_bits, relative_mse
 from bf_lib.layers import get_layer
+from bf_lib.noising import Batch, noised, predicted
 from bf_lib.sampling import PromptEmbeds, denoise, encode_prompts
 from bf_lib.sensitivity.candidates import FULL_PRECISION, Candidate
 from bf_lib.sensitivity.seeds import derived_seeds
@@ -73,19 +74,6 @@ class TrainedSweep(Sweep):
         return TrainedBench(self, pipe)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Lessons:
-    """Samples of what to learn: the noise that full precision predicts."""
-
-    x: Tensor  # (n, channels, height, width)
-    t: Tensor  # (n,)
-    text: Tensor  # (n, tokens, width)
-    noise: Tensor  # (n, channels, height, width)
-
-    def __getitem__(self, part: slice) -> "Lessons":
-        return Lessons(self.x[part], self.t[part], self.text[part], self.noise[part])
-
-
 class TrainedBench(Bench):
     """A loaded model with its images and lessons."""
 
@@ -123,7 +111,7 @@ class TrainedBench(Bench):
         schedule = LinearLR(optimizer, 1.0, 1 / plan.steps, plan.steps - 1)
         for step in range(plan.steps):
             part = self.lessons[step * plan.batch : (step + 1) * plan.batch]
-            loss = F.mse_loss(_noise(unet, part), part.noise)  # Eq. 6
+            loss = F.mse_loss(predicted(unet, part), part.noise)  # Eq. 6
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -131,19 +119,15 @@ class TrainedBench(Bench):
         optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _error(self, lessons: Lessons) -> float:
+    def _error(self, lessons: Batch) -> float:
         size = self.sweep.training.batch
         parts = [lessons[i : i + size] for i in range(0, len(lessons.x), size)]
-        found = [(_noise(self.pipe.unet, part) - part.noise).square() for part in parts]
+        found = [(predicted(self.pipe.unet, part) - part.noise).square() for part in parts]
         return float(torch.cat(found).mean())
 
 
-def _noise(unet: nn.Module, lessons: Lessons) -> Tensor:
-    return unet(lessons.x, lessons.t, encoder_hidden_states=lessons.text, return_dict=False)[0]
-
-
 @torch.no_grad()
-def _lessons(pipe: StableDiffusionPipeline, plan: Training, count: int, sweep: Sweep) -> Lessons:
+def _lessons(pipe: StableDiffusionPipeline, plan: Training, count: int, sweep: Sweep) -> Batch:
     """Noises latents that the model drew itself, and asks it for the noise."""
     known = encode_prompts(pipe, plan.captions)
     embeds = PromptEmbeds(known.prompts.clone(), known.empty.clone())
@@ -155,20 +139,11 @@ def _lessons(pipe: StableDiffusionPipeline, plan: Training, count: int, sweep: S
     noise = torch.randn((count, *drawn.shape[1:]), generator=generator).to(drawn)
     dropped = (torch.rand(count, generator=generator) < DROPPED).to(drawn.device)
     text = torch.where(dropped[:, None, None], embeds.empty, embeds.prompts[which])
-    asked = Lessons(_noised(pipe, drawn[which], noise, t), t, text, noise)
+    x = noised(drawn[which], noise, pipe.scheduler.alphas_cumprod.to(drawn)[t])
+    asked = Batch(x, t, text, noise)
     parts = [slice(i, i + plan.batch) for i in range(0, count, plan.batch)]
-    predicted = torch.cat([_noise(pipe.unet, asked[part]) for part in parts])
-    return Lessons(asked.x, asked.t, asked.text, predicted)
-
-
-def _noised(pipe: StableDiffusionPipeline, drawn: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Returns latents at times of training, sqrt(a_t) z + sqrt(1 - a_t) n.
-
-    Not the scheduler's `add_noise`: that of DPM-Solver++ looks times up among those of sampling,
-    and that of Euler does not scale its result as the UNet wants it.
-    """
-    alphas = pipe.scheduler.alphas_cumprod.to(drawn)[t].view(-1, 1, 1, 1)
-    return alphas.sqrt() * drawn + (1 - alphas).sqrt() * noise
+    wanted = torch.cat([predicted(pipe.unet, asked[part]) for part in parts])
+    return replace(asked, noise=wanted)
 
 
 def _drawn(
