@@ -37,7 +37,8 @@ RULED = 2.0  # stored bits of recipes by these; at more, there is little to be s
 STAGES = 2  # at most
 # Groups of points along a line, of values of the paper's, and of what it does not say.
 ONE_SEED = ("frontier", "one seed", "choices")
-RATES = (0.0, 0.001, 0.003)  # weights of a rate term, in half a Stage I more for the smallest
+# Weights of a rate term, in half a Stage I more, by stored bits.
+RATES = {1.83: (0.0, 0.001, 0.003), 2.0: (0.001, 0.003, 0.01)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +201,10 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
     optima = {f"{bits:g} bits": forms[frontier_name(bits)] for bits in FRONTIER}
     frontier = {f"{name}, not trained": (form, ()) for name, form in optima.items()}
     frontier |= {name: (form, (first, second)) for name, form in optima.items()}
-    smallest = forms[frontier_name(FRONTIER[0])]
-    for weight in RATES:
-        stages = first, replace(first, share=0.5, rate_weight=weight)
-        frontier[f"{FRONTIER[0]:g} bits, rate {weight:g}"] = smallest, stages
+    for bits, weights in RATES.items():
+        for weight in weights:
+            stages = first, replace(first, share=0.5, rate_weight=weight)
+            frontier[f"{bits:g} bits, rate {weight:g}"] = forms[frontier_name(bits)], stages
     values = {
         **{f"lambda {w:g}": replace(first, feature_weight=w) for w in (0.1, 1.0)},
         **{f"alpha {a:g}": replace(first, density=tuple(beta(a).tolist())) for a in (1.5, 2.0)},
