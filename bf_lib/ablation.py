@@ -43,7 +43,7 @@ from bf_lib.timecache import sampling_steps
 
 SETTINGS = {
     "mini": Setting(),
-    # As long as notebooks 08 and 09 teach, which have one student.
+    # At least as long as notebooks 08 and 09 teach, which have one student.
     "result": replace(study_setting(Study.of("mini")), asked=(512, 500)),
     "smoke": Setting(
         scenes=8,

@@ -25,6 +25,7 @@ from bf_lib.packed_unets import pack_student
 from bf_lib.paths import ROOT
 from bf_lib.recipe import Recipe
 from bf_lib.student import quantize
+from bf_lib.study import Study
 from bf_lib.taught_rows import Ablation, RowsFailed, record_of, state_of
 from bf_lib.times import uniform
 
@@ -173,12 +174,17 @@ def test_the_study_has_the_rows_of_the_paper_with_three_seeds(unet):
     assert order == sorted(order)
 
 
-def test_the_result_has_the_smallest_student_and_what_it_is_measured_by():
-    recipes = {name: Recipe({"a": 3}) for name in RECIPES}
-    rows = {row.name: row for row in result_rows(recipes)}
+def test_the_result_has_two_students_and_what_they_are_measured_by():
+    recipes, study = {name: Recipe({"a": 3}) for name in RECIPES}, Study.of("mini")
+    rows, steps = {row.name: row for row in result_rows(recipes)}, {}
     for size in ("smallest", "1.99 paper bits"):
         assert rows[f"{size}, not trained"].seeds == (0,)
-        assert rows[f"{size}, Stage II"].seeds == rows[f"{size}, Stage I"].seeds == (0, 1, 2)
+        taught = rows[f"{size}, Stage II"]
+        assert taught.seeds == (0, 1, 2)
+        steps[size] = [stage.plan(SETTINGS["result"], 0).steps for stage in taught.stages]
+    assert steps["1.99 paper bits"] == [study.first_steps, study.second_steps]
+    assert steps["smallest"] == [4 * study.first_steps, study.second_steps]
+    assert rows["smallest, Stage I"].stages == rows["smallest, Stage II"].stages[:1]
     assert SETTINGS["result"].asked[0] >= 512
     assert SETTINGS["result"].asked[1] != SETTINGS["mini"].asked[1]
 
