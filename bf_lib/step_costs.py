@@ -53,9 +53,9 @@ def step_costs(teaching: Teaching, size: int, repeats: int = 5) -> pd.DataFrame:
         "Stage I": (stage_one, teaching.model),
     }
     runs = {name: partial(_step, *step) for name, step in steps.items()}
-    for run in runs.values():  # the first is slower than those after it
-        run()
-    seconds = medians_in_turns(runs, repeats, partial(_synchronize, teaching.device))
+    done = partial(_synchronize, teaching.device)
+    medians_in_turns(runs, 1, done)  # the first is slower than those after it
+    seconds = medians_in_turns(runs, repeats, done)
     return pd.DataFrame(
         {
             "what": list(steps),
