@@ -190,7 +190,10 @@ def lines(path: Path) -> list[str]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it may end at any moment, also while it is asked
+        return False
 
 
 def test_rows_of_other_settings_are_not_mixed_in(rows, tmp_path):
