@@ -39,7 +39,7 @@ class Study:
     trained_steps: int = 48  # of that training
     trained_lr: float = 1e-3  # of the layer alone; the paper gives none
     estimate_batch: int = 4  # prompts of an estimate at once: their activations are kept
-    challenges: int = 12  # of each of six tasks, for `mini`: what recipes are judged by
+    challenges: int = 10  # of each of six tasks, for `mini`: what recipes are judged by
     random_recipes: int = 20  # beside which the others are seen, at each of two sizes
     recipe_sizes: int = 6  # sizes at which recipes are compared, the smallest first
     shape_widths: tuple[int, ...] = (320, 640, 1280, 1280)  # SD-v1.5's, of Gaussian weights
