@@ -80,16 +80,19 @@ class Spread:
     variance: float
     freedom: float  # the more alike rows are, the larger; 0 if no row has two trainings
     alike: bool = False  # rows differ no more than by chance: all have `variance`
+    single: float = 0.0  # mean variance of single prompts, beside that of means
 
     @classmethod
     def of(cls, rows: Mapping[str, Finished], score: str) -> Self:
         """Fits it to the rows that were trained more than once (Smyth, §6.2)."""
-        found = [_own(row, score) for row in rows.values() if row.seeds > 1]
-        if not found:
+        several = [row for row in rows.values() if row.seeds > 1]
+        if not several:
             return cls(math.nan, 0)
-        variances, degrees = np.array(found, float).T
-        pooled = cls(float(np.average(variances, weights=degrees)), float(degrees.sum()), True)
-        if len(found) < 3 or not pooled.variance > 0:
+        variances, degrees = np.array([_own(row, score) for row in several], float).T
+        single = float(np.mean([_of_single_prompts(row, score) for row in several]))
+        mean = float(np.average(variances, weights=degrees))
+        pooled = cls(mean, float(degrees.sum()), True, single)
+        if len(several) < 3 or not pooled.variance > 0:
             return pooled
         floor = 1e-5 * np.median(variances[variances > 0])
         logs = np.log(np.maximum(variances, floor)) - digamma(degrees / 2) + np.log(degrees / 2)
@@ -97,7 +100,8 @@ class Spread:
         if not excess > polygamma(1, MOST / 2):
             return pooled
         half = brentq(lambda x: polygamma(1, x) - excess, 1e-6, MOST / 2)
-        return cls(float(np.exp(logs.mean() + digamma(half) - np.log(half))), 2 * half)
+        variance = float(np.exp(logs.mean() + digamma(half) - np.log(half)))
+        return cls(variance, 2 * half, False, single)
 
     def of_row(self, row: Finished, score: str) -> tuple[float, float]:
         """Returns the variance of a row's trainings, and its degrees of freedom."""
@@ -107,9 +111,21 @@ class Spread:
         freedom = self.freedom + degrees
         return (self.freedom * self.variance + degrees * own) / freedom, freedom
 
+    def of_single_prompts(self, row: Finished, score: str) -> float:
+        """Returns the variance of a prompt's score by trainings, beside that of the row's mean."""
+        return self.single if row.seeds < 2 else _of_single_prompts(row, score)
+
 
 def _own(row: Finished, score: str) -> tuple[float, int]:
     return float(row.scores[score].mean(axis=1).var(ddof=1)), row.seeds - 1
+
+
+def _of_single_prompts(row: Finished, score: str) -> float:
+    """Returns the mean square of the interaction of trainings and prompts."""
+    scores = row.scores[score]
+    centred = scores - scores.mean(axis=0)
+    centred = centred - centred.mean(axis=1, keepdims=True)
+    return float((centred**2).sum() / ((scores.shape[0] - 1) * (scores.shape[1] - 1)))
 
 
 def difference(
@@ -118,9 +134,11 @@ def difference(
     """Returns by how much the first row's mean is above the second's, with its 95 % interval.
 
     Two things make it uncertain: which prompts were asked, of which both sides have the same, from
-    the same noise, so that differences of pairs count; and by what luck each was trained. The
-    interval is Student's, its degrees of freedom by Welch and Satterthwaite. Where no row has two
-    trainings, it is over prompts alone.
+    the same noise, so that differences of pairs count; and by what luck each was trained. The luck
+    of single prompts is part of both what means of trainings and what prompts differ by, and is
+    counted once, among the former. That trainings of one seed see the same examples is left out
+    of account. The interval is Student's, its degrees of freedom by Welch and Satterthwaite. Where
+    no row has two trainings, it is over prompts alone.
 
     Arguments:
         first: A row.
@@ -131,11 +149,13 @@ def difference(
     values = first.scores[score].mean(axis=0)
     if second is not None:
         values = values - second.scores[score].mean(axis=0)
-    parts = [(values.var(ddof=1) / len(values), len(values) - 1)]
-    for row in [first] if second is None else [first, second]:
-        if row.trained and spread.freedom:
-            variance, freedom = spread.of_row(row, score)
-            parts.append((variance / row.seeds, freedom))
+    by_luck = [row for row in (first, second) if row and row.trained and spread.freedom]
+    luck = sum(spread.of_single_prompts(row, score) / row.seeds for row in by_luck)
+    parts = [(max(values.var(ddof=1) - luck, 0.0) / len(values), len(values) - 1)]
+    if by_luck:  # one part, since what both rows' variances owe to the others is the same
+        variances, freedoms = zip(*(spread.of_row(row, score) for row in by_luck), strict=True)
+        means = [v / row.seeds for v, row in zip(variances, by_luck, strict=True)]
+        parts.append((sum(means), min(freedoms)))
     variance = float(sum(part for part, _ in parts))
     value, half = float(values.mean()), 0.0
     if variance > 0:

@@ -7,6 +7,7 @@ import pytest
 from lessons import RECIPES
 
 from bf_lib.ablation_study import SCORES, Finished, Spread, difference, difference_table
+from bf_lib.claims import make_claim
 from bf_lib.curriculum import ablation_rows
 from bf_lib.paper_claims import (
     ALONE,
@@ -17,6 +18,7 @@ from bf_lib.paper_claims import (
     REPRODUCED,
     PaperClaim,
     claim_table,
+    claims_beside_teacher,
 )
 from bf_lib.recipe import Recipe
 from bf_lib.times import uniform
@@ -27,11 +29,21 @@ def row(name: str, values: np.ndarray, trained: bool = True) -> Finished:
     return Finished(name, "paper", 1.9, 2.1, 3.6, 2.0, trained, scores)
 
 
-def drawn(mean: float, seeds: int = 3, prompts: int = 200, seed: int = 0, spread: float = 0.0):
-    """Scores of prompts that differ much, and of trainings that differ by `spread`."""
+def drawn(
+    mean: float,
+    seeds: int = 3,
+    prompts: int = 200,
+    seed: int = 0,
+    spread: float = 0.0,
+    single: float = 0.1,
+):
+    """Scores of prompts that differ much, and of trainings that differ by `spread`.
+
+    Single prompts differ by `single` from training to training, beside that.
+    """
     rng = np.random.default_rng(seed)
     easy = np.random.default_rng(99).normal(size=prompts)  # the same prompts each time
-    own = rng.normal(size=(seeds, prompts)) * 0.1
+    own = rng.normal(size=(seeds, prompts)) * single
     return mean + easy + own + spread * rng.normal(size=(seeds, 1))
 
 
@@ -82,22 +94,32 @@ def test_spreads_that_differ_are_told_apart():
     assert degrees == pytest.approx(found.freedom + 2)
 
 
-@pytest.mark.parametrize(("seeds", "spreads"), [(1, (0.2, 0.2)), (3, (0.2, 0.2)), (3, (0.1, 0.3))])
-def test_intervals_cover_what_they_are_of(seeds, spreads):
+@pytest.mark.parametrize(
+    ("seeds", "spreads", "single"),
+    [
+        (1, (0.2, 0.2), 0.1),
+        (3, (0.2, 0.2), 0.1),
+        (3, (0.1, 0.3), 0.1),
+        (1, (0.0, 0.0), 1.0),
+        (3, (0.0, 0.0), 1.0),
+    ],
+)
+def test_intervals_cover_what_they_are_of(seeds, spreads, single):
     """Of differences of two rows that are alike, some five of a hundred intervals miss zero.
 
-    So it is for rows of one training, if others like them say how much trainings vary, and for
-    rows of three if half of them vary three times as much as the others.
+    So it is for rows of one training, if others like them say how much trainings vary, for rows of
+    three if half of them vary three times as much as the others, and where all that differs from
+    training to training is the luck of single prompts.
     """
     outside = 0
     for trial in range(200):
         spread = spreads[trial % 2]
         others = [
-            row(name, drawn(0.0, 3, 60, seed=1000 * trial + i, spread=spreads[i % 2]))
+            row(name, drawn(0.0, 3, 60, 1000 * trial + i, spreads[i % 2], single))
             for i, name in enumerate("abcdefgh")
         ]
         a, b = (
-            row(name, drawn(0.0, seeds, 60, seed=1000 * trial + 100 + i, spread=spread))
+            row(name, drawn(0.0, seeds, 60, 1000 * trial + 100 + i, spread, single))
             for i, name in enumerate("xy")
         )
         found = difference(a, b, "clip", of(a, b, *others))
@@ -148,6 +170,18 @@ def test_one_training_each_is_marked_and_says_nothing_by_itself():
     assert set(claim_table(rows | others, [claim]).verdict) == {f"{REPRODUCED}, {ALONE}"}
     still = {name: replace(r, trained=False) for name, r in rows.items()}
     assert set(claim_table(still, [claim]).verdict) == {REPRODUCED}
+
+
+def test_a_student_must_not_only_be_uncertain_to_count_as_good():
+    def statuses(low: float, high: float) -> list[str]:
+        gains = {"clip": {"value": (low + high) / 2, "low": low, "high": high}}
+        claims = claims_beside_teacher("student", gains)
+        about = {"kind": "comparison", "preset": "mini", "presets": ("mini",)}
+        return [make_claim(**about | claim).status for claim in claims]
+
+    assert statuses(0.001, 0.02) == ["reproduced", "reproduced"]
+    assert statuses(-0.009, 0.02) == ["differs", "reproduced"]
+    assert statuses(-0.5, 0.5) == ["differs", "differs"]
 
 
 def test_claims_are_about_rows_that_there_are():
