@@ -155,12 +155,22 @@ def test_the_last_steps_are_logged_though_they_are_few(tmp_path):
 
 
 def test_gradients_are_averaged_over_processes(tmp_path):
-    """On data that do not depend on the process, two do exactly what one does."""
-    fit(Same, replace(PLAN, batch=4), tmp_path / "one", processes=1)
-    fit(Same, replace(PLAN, batch=8), tmp_path / "two", processes=2)
+    """Two that have half of a batch each learn what one learns that has all of it."""
+    fit(Shared, PLAN, tmp_path / "one", processes=1)
+    fit(Shared, PLAN, tmp_path / "two", processes=2)
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name])
+
+
+class Shared(Line):
+    """Of a batch that is the same for any number of processes, each has its part."""
+
+    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        world, rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK"))
+        whole = torch.randn(world * size, 1, generator=torch.Generator().manual_seed(step))
+        x = whole[rank * size : (rank + 1) * size]
+        return {"loss": (self.model(x) - self.slope * x - 1).square().mean()}
 
 
 class Same(Line):
