@@ -29,7 +29,7 @@ from bf_lib.curriculum import (
     result_rows,
 )
 from bf_lib.layers import list_layers
-from bf_lib.models import load_pipeline
+from bf_lib.models import fingerprint, load_pipeline
 from bf_lib.paths import ROOT, runs_folder
 from bf_lib.progress import duration
 from bf_lib.protocol import study_setting
@@ -38,7 +38,7 @@ from bf_lib.recipe_study import Choices, by_optimum, by_rule, error_table
 from bf_lib.sampling import Sampler
 from bf_lib.sizes import size_report
 from bf_lib.study import Study
-from bf_lib.taught_rows import Ablation
+from bf_lib.taught_rows import Ablation, exam_of
 from bf_lib.timecache import sampling_steps
 
 SETTINGS = {
@@ -100,17 +100,23 @@ def study_ablation(name: str) -> Ablation:
 
     What it takes of the study is kept, so that finished rows stay what they are when the study is
     run again.
+
+    Raises:
+        ValueError: If the model or its judges are not those that finished rows are of.
     """
     setting, folder = SETTINGS[name], ROOT / "data" / "ablation"
     kept = folder / "inputs.json"
+    pipe = load_pipeline(setting.model)
+    model = fingerprint([*pipe.components.values(), *exam_of(setting).judges()])
     if not kept.exists():
-        pipe = load_pipeline(setting.model)
         steps = len(sampling_steps(pipe.scheduler, setting.sampler.steps))
         levels = {n: dict(recipe.levels) for n, recipe in study_recipes(pipe.unet, steps).items()}
         measured = load_json(runs_folder("mini", "08_stage1_distillation") / "fitted_density.json")
-        found = {"levels": levels, "measured_density": measured}
+        found = {"model": model, "levels": levels, "measured_density": measured}
         write_atomically(kept, json.dumps(found, indent=0).encode())
     inputs = json.loads(kept.read_text())
+    if inputs["model"] != model:
+        raise ValueError(f"rows in {folder} are of another model or other judges: move it away")
     recipes = {recipe: Recipe(levels) for recipe, levels in inputs["levels"].items()}
     if name == "result":
         rows = result_rows(recipes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
 from bf_lib import trials
 from bf_lib.packed_unets import load_packed
@@ -61,9 +61,14 @@ class Exam(Trials):
         """Lists full precision, and then the students."""
         return [Student(FULL), *self.students]
 
-    def bench(self, pipe: StableDiffusionPipeline) -> "Bench":
-        """Returns what examines students, with the images of full precision drawn."""
-        return Bench(self, pipe)
+    def bench(self, pipe: StableDiffusionPipeline, reference: Tensor | None = None) -> "Bench":
+        """Returns what examines students, with the images of full precision drawn.
+
+        Arguments:
+            pipe: The model.
+            reference: These images, if they were drawn before.
+        """
+        return Bench(self, pipe, reference)
 
 
 class Bench(trials.Bench):

