@@ -84,7 +84,8 @@ def typed_parameters(nb: NotebookNode, given: Mapping[str, str]) -> dict[str, ob
 
     Arguments:
         nb: The source notebook.
-        given: Values by name. Where the default is None or a list, the text is a Python literal.
+        given: Values by name. Where the default is None or a list, the text is a Python literal;
+            where it is None, what is no literal is text: an address, a folder.
     """
     declared = declared_parameters(nb)
     if unknown := sorted(set(given) - set(declared)):
@@ -96,11 +97,12 @@ def _typed(name: str, text: str, default: object) -> object:
     kind = type(default)
     if kind is str:
         return text
-    expected = "literal" if default is None else kind.__name__
-    mistake = NotebookError(f"parameter {name} must be a Python {expected}, got {text!r}")
+    mistake = NotebookError(f"parameter {name} must be a Python {kind.__name__}, got {text!r}")
     try:
         value = kind(text) if kind in (int, float) else ast.literal_eval(text)
     except (SyntaxError, ValueError):
+        if default is None:
+            return text
         raise mistake from None
     if default is not None and type(value) is not kind:
         raise mistake
