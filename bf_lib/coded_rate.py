@@ -3,9 +3,9 @@
 An entropy coder takes -log2 p_k bits for a code k that a share p_k of its layer's weights has, and
 a file of `compress="zstd"` comes close to it (FORMAT.md). To make it smaller, the length of a code
 is added to what is minimised, interpolated linearly between levels, so that weights are drawn
-towards the levels that are frequent already: entropy-constrained scalar quantization (Chou,
-Lookabaugh and Gray, 1989, https://doi.org/10.1109/29.17498), with the lengths of each step's
-codes.
+towards the levels that are frequent already: the scalar case of entropy-constrained vector
+quantization (Chou, Lookabaugh and Gray, 1989, https://doi.org/10.1109/29.17498), with the lengths
+of each step's codes.
 Of three levels the frequent one is zero, and what comes of it is a sparse ternary model.
 """
 

@@ -13,13 +13,13 @@ by a share of itself; its gradient, s times that of the scale, is
     <g, w_hat> - <g inside, w>
 
 for the gradient g of w_hat. It is not multiplied by LSQ's factor 1 / sqrt(N B): Adam divides by
-the gradient's size, so all that a factor changes is the share of scales in the norm that gradients
-are clipped by. What does count is the rate of scales, which is a share of themselves and can be
-larger than that of weights (`Plan.rates`).
+the gradient's size, as long as that is well above its epsilon. What does count is the rate of
+scales, which is a share of themselves and can be larger than that of weights (`Plan.rates`).
 
 Going forward, the scale is rounded to float16, in which it is stored; so what is trained is, bit
-for bit, what is packed. Grids that are not balanced have other bounds than -B and B; those without
-a zero (half-shifted) have their codes at odd halves.
+for bit, what is packed, unless the forward pass has a precision of its own. Grids that are not
+balanced have other bounds than -B and B; those without a zero (half-shifted) have their codes at
+odd halves.
 """
 
 __all__ = [

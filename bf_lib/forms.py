@@ -1,10 +1,14 @@
 """The forms in which students of the ablation start: the paper's, and those beside it.
 
 - "balanced": grids of 2^b + 1 levels, by a recipe (BitsFusion, §4.1);
-- "plain": grids of 2^b levels with a whole zero-point, as LSQ has them (the paper's QAT-Base);
+- "plain": grids of 2^b levels with a whole zero-point for each channel (Eq. 1), trained with the
+  gradients of LSQ (the paper's QAT-Base);
 - "half-shifted": 2^b levels symmetric about zero, with none at zero;
-- "lora": plain grids of a frozen weight plus a trained product of low rank, as in EfficientDM (He
-  et al., 2023, https://arxiv.org/abs/2310.03270), where only that and the scales are trained;
+- "lora": plain grids of a frozen weight plus a trained product of low rank, of which only that and
+  the scales are trained, in the manner of EfficientDM (He et al., 2023,
+  https://arxiv.org/abs/2310.03270). That trains along the teacher's own sampling without images,
+  with a rank of 32 and rates in proportion to each layer's step; this, on what all rows see, with
+  one rate for all layers;
 - "palette": 2^b values for each layer, found by k-means (Apple's scheme), of which the values are
   trained and the indices are not;
 - "full": full precision, for what training alone does.

@@ -49,10 +49,10 @@ class Study:
     student_batch: int = 16
     student_parts: int = 1  # of a batch, one after the other, which takes less memory
     student_precision: str = "no"  # of forward passes in training: that of weights, or "bf16"
-    first_lr: float = 1e-5  # of Stage I; the paper's
+    first_lr: float = 1e-5  # of Stage I, at most; the paper's, which is constant there
     first_steps: int = 20_000  # of Stage I; the paper's
     second_steps: int = 50_000  # of Stage II; the paper's
-    second_lr: float = 1e-5  # of Stage II; the paper's
+    second_lr: float = 1e-5  # of Stage II, at most; the paper's, which is constant there
     examined: int = 128  # challenges of each task that a student is examined by
     peers: int = 99  # how many other systems store the same UNets, if they are installed
 
@@ -130,7 +130,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "batch": 4,
         "trained_lr": 1e-5,  # the paper's, for its two stages
         "estimate_batch": 1,
-        "student_batch": 256,  # the paper's, of Stage I
+        "student_batch": 256,  # the paper's, of Stage I; its Stage II has 1024
         "student_parts": 64,
         "student_precision": "bf16",
     },

@@ -6,8 +6,8 @@ ten is left out. On z_t and t,
 - Stage I ("distillation") learns the teacher's noise and features, L_noise + lambda L_feat
   (Eqs. 6 to 8), the caption being left out for both;
 - Stage II ("noise") learns the noise n (Eq. 2), and needs no teacher;
-- "guided", for comparison, learns the teacher's guided noise, as EfficientDM does (He et al.,
-  2023, https://arxiv.org/abs/2310.03270): both predict with and without the caption.
+- "guided", for comparison, learns the teacher's guided noise: both predict with and without the
+  caption.
 """
 
 __all__ = ["OBJECTIVES", "Lesson", "Teaching", "example_losses"]

@@ -63,7 +63,7 @@ def _touch(tensor: Tensor) -> None:
 
 
 def unet_inputs(unet: UNet2DConditionModel, latents: int) -> tuple[Tensor, Tensor]:
-    """Returns noise and text of one guided step, the same in each process.
+    """Returns noise and text of one guided step, the same in each process; 77 tokens, SD-v1.5's.
 
     Arguments:
         unet: Whose widths they have.

@@ -159,6 +159,8 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
     names, params = zip(*trained, strict=True)
     ema = [p.detach().clone() for p in params]
+    # Of deep layers most gradients are below its epsilon of 1e-8, so they move less than their
+    # rate. With 1e-15 a student was as good after 200 steps (noise error .0042 against .0043).
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for n, p in trained if plan.factor(n) == factor], "factor": factor}

@@ -1,4 +1,4 @@
-"""The log of a training: a CSV file that survives a kill."""
+"""The log of a training, as its first process sees it: a CSV file that survives a kill."""
 
 __all__ = ["LOGGED", "TrainingLog"]
 

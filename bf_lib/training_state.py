@@ -39,7 +39,8 @@ class TrainingState:
                 f"square/{name}": moments["exp_avg_sq"],
             }
         meta = {"state": json.dumps(self.made | {"step": step})}
-        # Written beside and renamed: a kill leaves the old checkpoint or the new one.
+        # Written beside and renamed: a kill leaves the old checkpoint or the new one, and between
+        # the two renames that of another training as `replaced`.
         new, checkpoint = self.folder / "new.safetensors", self.folder / CHECKPOINT
         save_file({name: value.contiguous() for name, value in tensors.items()}, new, meta)
         if step <= self.made["plan"]["save_every"] and checkpoint.exists():

@@ -3,8 +3,9 @@
 One layer is quantized, and the UNet learns the noise that the full-precision model predicts. The
 paper trains "weights and scales" and does not say whether those of the layer or of the whole UNet,
 how long, on which data or at what rate. Here it is the layer's weight, bias and scales by default:
-Adam moves every weight that it trains by about its rate at each step, however small the error is,
-so that a short training of the whole UNet would hide what a harmless layer does.
+Adam moves weights by about their rate at each step, however small the error is, so that a short
+training of the whole UNet would hide what a harmless layer does. Where gradients are smaller than
+its epsilon (1e-8) it moves them less: a layer that does next to no harm is left as it is.
 
 Every candidate sees the same latents, times and captions in the same order, at a rate that falls
 linearly to zero. The latents are drawn by the full-precision model from captions of their own, so
