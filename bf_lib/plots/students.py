@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bf_lib.pictures import WIDTH
 
@@ -102,6 +103,7 @@ def _lines(count: int, kinds: Sequence[str]) -> tuple[Figure, Sequence[Axes]]:
     axes.flat[0].set_ylim(count - 0.5, -0.5)  # the first is on top
     for axis, kind in zip(axes.flat, kinds, strict=True):
         axis.set_title(LABELS[kind])
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     return figure, list(axes.flat)
 
 

@@ -7,6 +7,7 @@ import math
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bf_lib.pictures import WIDTH
 
@@ -43,6 +44,10 @@ def losses(log: pd.DataFrame) -> Figure:
         axis.set(title=name, xlabel="step")
         if values.max() > 2 * values.min() > 0:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+    axes[0, 0].set_ylabel("mean squared error")
     return figure
 
 
