@@ -115,6 +115,10 @@ $(B)/07_packed_checkpoint.done: $(B)/06_bit_allocation.done
 $(B)/08_stage1_distillation.done: $(B)/03_sensitivity.done $(B)/06_bit_allocation.done
 $(B)/09_stage2_finetuning.done: $(B)/08_stage1_distillation.done
 
+# This one shows the claims of all others, and finished rows of the ablation (`make ablation`).
+$(B)/10_ablation.done: $(patsubst %,$(B)/%.done,$(filter-out 10_%,$(STUDY)))
+$(B)/10_ablation.done: $(wildcard data/ablation/*.json data/ablation/*/*.json)
+
 # Goals that are given together take turns where one writes what the other reads: the study runs
 # again after a new model, and pages and figures are made of what was just run.
 ifneq ($(filter mini,$(MAKECMDGOALS)),)

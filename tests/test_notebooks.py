@@ -12,6 +12,7 @@ EXPECTED = {
     *("00_overview", "01_unet_anatomy", "02_grids_and_scales", "03_sensitivity"),
     *("04_metric_correlation", "05_time_features", "06_bit_allocation"),
     *("07_packed_checkpoint", "08_stage1_distillation", "09_stage2_finetuning"),
+    "10_ablation",
     "90_train_mini",
 }
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -120,6 +121,9 @@ def test_a_copy_was_run_from_its_source_as_it_is(path):
     assert stamp.source_sha256 == nb.source_digest(source), "its source changed: make render"
     assert stamp.parameters == {"preset": "mini", "seed": 0}
     nb.check(copy, source)
+    nb.normalise(source, source)  # whose links are then those of a copy
+    shown = [cell for cell in copy.cells if not nb.is_tagged(cell, "injected-parameters")]
+    assert [cell.source for cell in shown] == [cell.source for cell in source.cells]
 
 
 @each_copy
