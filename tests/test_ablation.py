@@ -194,7 +194,9 @@ def test_the_result_has_two_students_and_what_they_are_measured_by():
         assert rows[f"{size}, not trained"].seeds == (0,)
         taught = rows[f"{size}, Stage II"]
         assert taught.seeds == (0, 1, 2)
-        steps[size] = [stage.plan(SETTINGS["result"], 0).steps for stage in taught.stages]
+        plans = [stage.plan(taught.setting(SETTINGS["result"]), 0) for stage in taught.stages]
+        steps[size] = [plan.steps for plan in plans]
+        assert plans[1].lr == study.second_lr
     assert steps["1.99 paper bits"] == [study.first_steps, study.second_steps]
     assert steps["smallest"] == [4 * study.first_steps, study.second_steps]
     assert rows["smallest, Stage I"].stages == rows["smallest, Stage II"].stages[:1]
