@@ -220,8 +220,8 @@ class Run:
         """
         self._claim(name, value, "comparison", {"presets": presets} | bounds)
 
-    def finish(self) -> pd.DataFrame:
-        """Writes claims and the record of this run, and returns the claims to show.
+    def finish(self) -> pd.DataFrame | None:
+        """Writes claims and the record of this run, and returns the claims to show, if any.
 
         Raises `ClaimFailed` when a check does not hold, after everything is written.
         """
@@ -240,7 +240,7 @@ class Run:
         )
         if failed := claims.failures(self.claimed):
             raise ClaimFailed(failed)
-        return claims.readable(claims.table(record))
+        return claims.readable(claims.table(record)) if record else None
 
     # ---- bookkeeping
 
