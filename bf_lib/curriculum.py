@@ -256,9 +256,9 @@ def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     """Returns the rows of the result: two students beside full precision.
 
     That of 1.99 paper bits is taught as long as notebooks 08 and 09 teach. The smallest has more
-    to learn, and its first stage is four times as long, at a third of the rate: with 1,000 steps
-    both rates come to the same, but the longer a rate does not fall, the more the lower one gains
-    (after 500 such steps a loss of the noise of .00063, against .00103).
+    to learn, and its first stage is four times as long, at a third of the rate: of the notebooks'
+    length both rates come to the same, but the longer a rate does not fall, the more the lower
+    one gains.
 
     Arguments:
         recipes: As of `ablation_rows`.
