@@ -231,8 +231,8 @@ def ablation_rows(recipes: Mapping[str, Recipe], measured: Sequence[float]) -> l
         replace(_row(name, "choices", three, (first,)), changed=(change,))
         for name, change in choices.items()
     ]
-    # At the paper's rate so few steps of Stage II move weights a hundredth as far as Stage I does,
-    # and two and a half times as far in the paper. So it is here at the rate of Stage I as well.
+    # At the paper's rate, the rates of so few steps of Stage II add up to a 74th of Stage I's; in
+    # the paper, to two and a half times as much. So it is here at the rate of Stage I as well.
     faster = {
         ("paper", "+ Stage II at 3e-4"): (rule, (first, second)),
         ("ends", "full precision, Stage II at 3e-4"): (Form(kind="full"), (second,)),
@@ -256,9 +256,8 @@ def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     """Returns the rows of the result: two students beside full precision.
 
     That of 1.99 paper bits is taught as long as notebooks 08 and 09 teach. The smallest has more
-    to learn, and its first stage is four times as long, at a third of the rate: of the notebooks'
-    length both rates come to the same, but the longer a rate does not fall, the more the lower
-    one gains.
+    to learn, and its first stage is four times as long, at a third of the rate: as long as rates
+    do not fall, the loss stays at a level that is lower for the lower one.
 
     Arguments:
         recipes: As of `ablation_rows`.

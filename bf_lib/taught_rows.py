@@ -85,8 +85,7 @@ class Ablation:
             "plans": [asdict(stage.plan(setting, seed, n)) for n, stage in enumerate(stages)],
             "lessons": [asdict(stage.lesson(setting, examples)) for stage in stages],
         }
-        digest = hashlib.sha256(json.dumps(made, default=str).encode()).hexdigest()[:16]
-        return self.work / f"stage{number + 1}-{digest}"
+        return self.work / f"stage{number + 1}-{_digest(made)}"
 
     def table(self) -> pd.DataFrame:
         """Returns columns row, group, seed, state ("done", "left" or "of other settings")."""
@@ -105,8 +104,7 @@ class Ablation:
         """Returns the file of full precision's images, which are drawn if it is missing."""
         sweep = exam_of(self.setting).sweep
         model = fingerprint(load_pipeline(sweep.model).components.values())
-        name = hashlib.sha256(json.dumps([model, asdict(sweep)]).encode()).hexdigest()[:16]
-        file = self.work / f"reference-{name}.safetensors"
+        file = self.work / f"reference-{_digest([model, asdict(sweep)])}.safetensors"
         if not file.exists():
             asked = sweep.prompts, sweep.seeds, sweep.sampler
             images = generate_in_processes(sweep.model, *asked, processes)
@@ -154,12 +152,16 @@ def settings_of(ablation: Ablation, row: Row, seed: int) -> dict:
     return json.loads(json.dumps(_shortened(said)))
 
 
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
+
+
 def _shortened(value: object) -> object:
     if isinstance(value, dict):
         return {name: _shortened(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         if len(value) > 100:
-            return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+            return _digest(value)
         return [_shortened(item) for item in value]
     return value
 
