@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -75,6 +74,10 @@ class Ablation:
         """Returns where a finished row is, or will be."""
         name = "".join(c if c.isalnum() or c == "." else "-" for c in row.name.lower())
         return self.folder / f"{row.group.replace(' ', '-')}--{name.strip('-')}--{seed}.json"
+
+    def packed(self, row: Row, seed: int) -> Path:
+        """Returns where a row's student is kept, packed, if its grids are balanced."""
+        return self.work / "students" / self.file(row, seed).stem
 
     def stage_folder(self, row: Row, seed: int, number: int) -> Path:
         """Returns where a stage of a row is taught, which depends on what it is taught with."""
@@ -212,7 +215,7 @@ def _make(row: Row, seed: int) -> float:
     started = time.monotonic()
     student = taught(ablation, row, seed)
     steps = sampling_steps(bench.images.pipe.scheduler, ablation.setting.sampler.steps)
-    coded = coded_bytes(student, steps)
+    coded = coded_bytes(student, steps, ablation.packed(row, seed))
     found = bench.examined(as_stored(student, steps), Student(row.name))
     size = row.form.size(bench.images.pipe.unet, len(steps))
     minutes = (time.monotonic() - started) / 60
@@ -280,16 +283,16 @@ def taught(ablation: Ablation, row: Row, seed: int) -> UNet2DConditionModel:
     return student if start is None else load_ema(student, start)
 
 
-def coded_bytes(student: UNet2DConditionModel, steps: torch.Tensor) -> int | None:
-    """Returns the bytes of the entropy-coded file of a student of balanced grids, else None.
+def coded_bytes(student: UNet2DConditionModel, steps: torch.Tensor, folder: Path) -> int | None:
+    """Saves a student of balanced grids, entropy-coded; returns its bytes, or None for others.
 
     Arguments:
         student: A student of any form.
         steps: The time-steps whose features are kept, if they are cached.
+        folder: Where it is saved.
     """
     if getattr(student, "recipe", None) is None:
         return None
     kept = None if cached_time_features(student) is None else steps
-    with TemporaryDirectory() as folder:
-        save_packed(pack_student(student, kept, "zstd"), folder)
-        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    save_packed(pack_student(student, kept, "zstd"), folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
