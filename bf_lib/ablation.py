@@ -6,12 +6,15 @@
 Rows are files, see `bf_lib.taught_rows`.
 """
 
-__all__ = ["SETTINGS", "study_ablation", "study_recipes"]
+__all__ = ["SETTINGS", "SHIPPED", "ship", "study_ablation", "study_recipes"]
 
 import argparse
 import json
+import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
@@ -38,7 +41,7 @@ from bf_lib.recipe_study import Choices, by_optimum, by_rule, error_table
 from bf_lib.sampling import Sampler
 from bf_lib.sizes import size_report
 from bf_lib.study import Study
-from bf_lib.taught_rows import Ablation, exam_of
+from bf_lib.taught_rows import Ablation, exam_of, state_of
 from bf_lib.timecache import sampling_steps
 
 SETTINGS = {
@@ -54,6 +57,9 @@ SETTINGS = {
         sampler=Sampler(steps=2, guidance=4.0, batch=2),
     ),
 }
+
+# What of the result is kept packed, where it is found by a user: the students of the first seed.
+SHIPPED = {"mini-stage1": "smallest, Stage I", "mini-stage2": "smallest, Stage II"}
 
 
 def study_recipes(unet: UNet2DConditionModel, steps: int) -> dict[str, Recipe]:
@@ -125,6 +131,21 @@ def study_ablation(name: str) -> Ablation:
     return Ablation(setting, tuple(rows), folder / name, ROOT / "build" / "ablation" / name)
 
 
+def ship(ablation: Ablation, shipped: Mapping[str, str], folder: Path) -> None:
+    """Copies packed students of the first seed, of rows that were finished on this machine.
+
+    Arguments:
+        ablation: Whose rows.
+        shipped: The name of a student's folder -> that of its row.
+        folder: Where to.
+    """
+    rows = {row.name: row for row in ablation.rows}
+    for name, row in shipped.items():
+        packed = ablation.packed(rows[row], 0)
+        if state_of(ablation, rows[row], 0) == "done" and packed.exists():
+            shutil.copytree(packed, folder / name, dirs_exist_ok=True)
+
+
 def main() -> int:
     """Makes what is left, or lists it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -143,6 +164,8 @@ def main() -> int:
         rest = (left - done) * minutes / done / given.workers
         more = f"{left - done} left, about {duration(60 * rest)}"
         print(f"{row.name}, seed {seed}: {took:.1f} min; {more}", flush=True)
+    if given.rows == "result":
+        ship(ablation, SHIPPED, ROOT / "data" / "checkpoints")
     return 0
 
 

@@ -1,11 +1,21 @@
 """Claims: what the study says, as rows that can be wrong.
 
-Two kinds, and one table. A *check* is something that must hold, or there is a bug: a notebook
+Three kinds, and one table. A *check* is something that must hold, or there is a bug: a notebook
 whose check fails ends in an error. A *comparison* holds a value against the paper's: it may come
-out `differs`, which is a result like any other and is never hidden.
+out `differs`, which is a result like any other and is never hidden. An *aim* is this study's own,
+of which the paper says nothing; it is `met` or `missed`.
 """
 
-__all__ = ["Claim", "ClaimFailed", "Value", "gather", "make_claim", "readable", "table"]
+__all__ = [
+    "STATUSES",
+    "Claim",
+    "ClaimFailed",
+    "Value",
+    "gather",
+    "make_claim",
+    "readable",
+    "table",
+]
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,6 +31,14 @@ from bf_lib.paths import ROOT, runs_folder
 
 REPRODUCED, DIFFERS, NOT_ATTEMPTED = "reproduced", "differs", "not attempted"
 HOLDS, FAILS = "holds", "fails"  # of checks
+MET, MISSED = "met", "missed"  # of aims
+
+Kind = Literal["check", "comparison", "aim"]
+STATUSES: dict[Kind, tuple[str, str]] = {
+    "check": (HOLDS, FAILS),
+    "comparison": (REPRODUCED, DIFFERS),
+    "aim": (MET, MISSED),
+}
 
 Value = float | int | str | bool | None
 
@@ -38,7 +56,7 @@ class Claim:
     """One row of the table of claims."""
 
     name: str
-    kind: Literal["check", "comparison"]
+    kind: Kind
     value: Value  # None when not attempted
     interval: tuple[float, float] | None  # of the value, usually 95 %
     low: float | None
@@ -62,7 +80,7 @@ def make_claim(
     name: str,
     value: Value,
     *,
-    kind: Literal["check", "comparison"],
+    kind: Kind,
     preset: str,
     presets: Sequence[str],
     low: float | None = None,
@@ -76,7 +94,7 @@ def make_claim(
     Arguments:
         name: What is claimed, unique within its notebook.
         value: What this run got; None says that it was not attempted.
-        kind: A check, or a comparison with the paper.
+        kind: A check, a comparison with the paper, or an aim of this study.
         preset: The preset of this run.
         presets: The presets that the claim is about; in others it is not attempted.
         low: The least value that agrees.
@@ -104,7 +122,7 @@ def make_claim(
 
 
 def _status(
-    kind: str, value: Value, low: float | None, high: float | None, expected: Value
+    kind: Kind, value: Value, low: float | None, high: float | None, expected: Value
 ) -> str:
     if value is None:
         return NOT_ATTEMPTED
@@ -112,7 +130,7 @@ def _status(
         agrees = value == expected
     else:  # written so that a value which is not a number does not pass
         agrees = (low is None or value >= low) and (high is None or value <= high)
-    good, bad = (HOLDS, FAILS) if kind == "check" else (REPRODUCED, DIFFERS)
+    good, bad = STATUSES[kind]
     return good if agrees else bad
 
 

@@ -160,8 +160,9 @@ def claims_beside_teacher(
 ) -> Iterator[dict[str, object]]:
     """Yields what is asked of a student beside its teacher, as arguments of `Run.claim`.
 
-    That it is better, as the paper's is, and that it is not worse by more than `MARGINS`. Both are
-    asked of the lower end of the interval, so that what is uncertain counts against the student.
+    That it is better, as the paper's is, and, as an aim of this study, that it is not worse by
+    more than `MARGINS`. Both are asked of the lower end of the interval, so that what is uncertain
+    counts against the student.
 
     Arguments:
         student: What to call it.
@@ -177,5 +178,5 @@ def claims_beside_teacher(
         yield about | {
             "name": f"{score}: {student} not worse by more than {MARGINS[score]:g}, lower end",
             "low": -MARGINS[score],
-            "source": "own",
+            "aim": True,
         }

@@ -208,17 +208,19 @@ class Run:
         value: Value,
         *,
         presets: Sequence[str] = ("mini",),
+        aim: bool = False,
         **bounds: object,
     ) -> None:
-        """Records a comparison with the paper, which may come out either way.
+        """Records a comparison with the paper, or an aim, which may come out either way.
 
         Arguments:
             name: What is claimed.
             value: What this run got; None when it was not attempted.
             presets: The presets that the claim is about.
+            aim: Whether it is an aim of this study, of which the paper says nothing.
             bounds: `low`, `high`, `expected`, `interval` and `source`, as in `claims.make_claim`.
         """
-        self._claim(name, value, "comparison", {"presets": presets} | bounds)
+        self._claim(name, value, "aim" if aim else "comparison", {"presets": presets} | bounds)
 
     def finish(self) -> pd.DataFrame | None:
         """Writes claims and the record of this run, and returns the claims to show, if any.

@@ -10,7 +10,7 @@ import torch
 from lessons import RECIPES
 from safetensors.torch import load_file
 
-from bf_lib.ablation import SETTINGS
+from bf_lib.ablation import SETTINGS, ship
 from bf_lib.ablation_study import finished, row_table
 from bf_lib.curriculum import (
     ONE_SEED,
@@ -22,7 +22,7 @@ from bf_lib.curriculum import (
 from bf_lib.forms import Form, as_stored
 from bf_lib.layers import list_layers
 from bf_lib.models import load_pipeline
-from bf_lib.packed_unets import pack_student
+from bf_lib.packed_unets import load_packed, pack_student
 from bf_lib.paths import ROOT
 from bf_lib.recipe import Recipe
 from bf_lib.sampling import generate
@@ -108,6 +108,22 @@ def test_rows_hold_what_was_found_for_each_prompt(small):
         if record["coded_bits"]:  # nine levels are not all alike
             assert 2 < record["coded_bits"] < record["stored_bits"]
         assert json.dumps(record["settings"]).count(",") < 200  # recipes are there by digest
+
+
+def test_students_are_kept_packed_and_shipped(small, tmp_path):
+    rows = {row.name: row for row in small.rows}
+    ship(small, {"one": "Stage I", "two": "+ Stage II", "none": "palettes"}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    for folder, name in (("one", "Stage I"), ("two", "+ Stage II")):
+        stored = (tmp_path / folder / "diffusion_pytorch_model.safetensors").stat().st_size
+        assert stored == round(record_of(small, rows[name], 0)["coded_mb"] * 1e6)
+    sweep = exam_of(small.setting).sweep
+    asked = sweep.prompts, sweep.seeds, sweep.sampler
+    pipe, full = load_pipeline("mini"), load_file(small.reference())["images"].float()
+    pipe.unet = load_packed(tmp_path / "two", "dense")
+    mse = (generate(pipe, *asked).float() - full).square().flatten(1).mean(1)
+    found = record_of(small, rows["+ Stage II"], 0)["found"]["mse"]
+    assert mse.tolist() == pytest.approx(found, rel=0.05)
 
 
 def test_rows_begin_with_the_same_first_stage(small, nine):

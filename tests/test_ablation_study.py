@@ -175,13 +175,15 @@ def test_one_training_each_is_marked_and_says_nothing_by_itself():
 def test_a_student_must_not_only_be_uncertain_to_count_as_good():
     def statuses(low: float, high: float) -> list[str]:
         gains = {"clip": {"value": (low + high) / 2, "low": low, "high": high}}
-        claims = claims_beside_teacher("student", gains)
-        about = {"kind": "comparison", "preset": "mini", "presets": ("mini",)}
-        return [make_claim(**about | claim).status for claim in claims]
+        about, found = {"preset": "mini", "presets": ("mini",)}, []
+        for claim in claims_beside_teacher("student", gains):
+            kind = "aim" if claim.pop("aim", False) else "comparison"
+            found.append(make_claim(kind=kind, **about | claim).status)
+        return found
 
-    assert statuses(0.001, 0.02) == ["reproduced", "reproduced"]
-    assert statuses(-0.009, 0.02) == ["differs", "reproduced"]
-    assert statuses(-0.5, 0.5) == ["differs", "differs"]
+    assert statuses(0.001, 0.02) == ["reproduced", "met"]
+    assert statuses(-0.009, 0.02) == ["differs", "met"]
+    assert statuses(-0.5, 0.5) == ["differs", "missed"]
 
 
 def test_claims_are_about_rows_that_there_are():
