@@ -12,8 +12,8 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -27,7 +27,7 @@ from bf_lib.taught_rows import Ablation, record_of, state_of
 
 # score of a prompt -> 1 if more is better, -1 if less is
 SCORES = {"clip": 1, "passed": 1, "mse": -1}
-SIZES = ("paper_bits", "stored_bits", "stored_mb", "coded_bits")
+ABOUT = ("paper_bits", "stored_bits", "stored_mb", "coded_bits", "held_out")
 MOST = 1e4  # degrees of freedom, beyond which rows are alike
 
 
@@ -41,13 +41,34 @@ class Finished:
     stored_bits: float
     stored_mb: float
     coded_bits: float  # of the entropy-coded file, if there is one; a mean over trainings
+    held_out: float  # error of the noise (Eq. 6) on scenes that are held out; likewise, if known
     trained: bool  # or the same for each seed
     scores: Mapping[str, np.ndarray]  # name -> (seeds, prompts)
+    trainings: tuple[int, ...]  # which seeds these are
+    first: str = ""  # its first stage: rows with the same go on from the same weights
 
     @property
     def seeds(self) -> int:
         """How many trainings there are of it."""
-        return len(next(iter(self.scores.values())))
+        return len(self.trainings)
+
+    def goes_on_as(self, other: Self) -> bool:
+        """Whether both were trained from the same weights on, for each seed."""
+        shared = set(self.trainings) & set(other.trainings)
+        return bool(self.first and self.first == other.first and self is not other and shared)
+
+    def over(self, other: Self) -> Self:
+        """Returns by how much its scores are above another's, training by training."""
+        shared = tuple(seed for seed in self.trainings if seed in other.trainings)
+        scores = {
+            score: np.stack([self._of(score, seed) - other._of(score, seed) for seed in shared])
+            for score in self.scores
+        }
+        name = f"{self.name} over {other.name}"
+        return replace(self, name=name, scores=scores, trainings=shared)
+
+    def _of(self, score: str, seed: int) -> np.ndarray:
+        return self.scores[score][self.trainings.index(seed)]
 
 
 def finished(ablation: Ablation) -> dict[str, Finished]:
@@ -59,11 +80,12 @@ def finished(ablation: Ablation) -> dict[str, Finished]:
         if records:
             sizes = {name: records[0][name] for name in ("paper_bits", "stored_bits", "stored_mb")}
             sizes["coded_bits"] = float(np.mean([r["coded_bits"] or np.nan for r in records]))
+            sizes["held_out"] = float(np.mean([r.get("held_out", np.nan) for r in records]))
             scores = {s: np.array([r["found"][s] for r in records], float) for s in SCORES}
             trained = not is_certain(row.form, row.stages)
-            found[row.name] = Finished(
-                row.name, row.group, **sizes, trained=trained, scores=scores
-            )
+            first = ablation.stage_folder(row, 0, 0).name if row.stages else ""
+            about = {"trained": trained, "trainings": tuple(done), "first": first}
+            found[row.name] = Finished(row.name, row.group, **sizes, **about, scores=scores)
     return found
 
 
@@ -81,11 +103,23 @@ class Spread:
     freedom: float  # the more alike rows are, the larger; 0 if no row has two trainings
     alike: bool = False  # rows differ no more than by chance: all have `variance`
     single: float = 0.0  # mean variance of single prompts, beside that of means
+    of_pairs: Self | None = None  # of differences of rows that go on from the same weights
 
     @classmethod
     def of(cls, rows: Mapping[str, Finished], score: str) -> Self:
+        """Fits it to the rows that were trained more than once, and to differences of such."""
+        firsts: dict[str, Finished] = {}
+        pairs = [
+            row.over(base)
+            for row in rows.values()
+            if row.first and row.goes_on_as(base := firsts.setdefault(row.first, row))
+        ]
+        return replace(cls._fitted(rows.values(), score), of_pairs=cls._fitted(pairs, score))
+
+    @classmethod
+    def _fitted(cls, rows: Iterable[Finished], score: str) -> Self:
         """Fits it to the rows that were trained more than once (Smyth, §6.2)."""
-        several = [row for row in rows.values() if row.seeds > 1]
+        several = [row for row in rows if row.seeds > 1]
         if not several:
             return cls(math.nan, 0)
         variances, degrees = np.array([_own(row, score) for row in several], float).T
@@ -136,8 +170,9 @@ def difference(
     Two things make it uncertain: which prompts were asked, of which both sides have the same, from
     the same noise, so that differences of pairs count; and by what luck each was trained. The luck
     of single prompts is part of both what means of trainings and what prompts differ by, and is
-    counted once, among the former. That trainings of one seed see the same examples is left out
-    of account. The interval is Student's, its degrees of freedom by Welch and Satterthwaite. Where
+    counted once, among the former. Where both go on from the same weights, what varies is their
+    difference, training by training; that others of one seed see the same examples is left out of
+    account. The interval is Student's, its degrees of freedom by Welch and Satterthwaite. Where
     no row has two trainings, it is over prompts alone.
 
     Arguments:
@@ -146,6 +181,9 @@ def difference(
         score: One of `SCORES`.
         spread: That of all rows, in this score.
     """
+    pairs = spread.of_pairs
+    if second is not None and first.goes_on_as(second) and pairs is not None and pairs.freedom:
+        return difference(first.over(second), None, score, pairs)
     values = first.scores[score].mean(axis=0)
     if second is not None:
         values = values - second.scores[score].mean(axis=0)
@@ -195,14 +233,14 @@ def row_table(rows: Mapping[str, Finished]) -> pd.DataFrame:
     """Returns a row for each row and score.
 
     Returns:
-        Columns row, group, seeds, paper_bits, stored_bits, stored_mb, coded_bits, score, value,
-        low and high (95 %, over trainings and prompts).
+        Columns row, group, seeds, paper_bits, stored_bits, stored_mb, coded_bits, held_out, score,
+        value, low and high (95 %, over trainings and prompts).
     """
     spreads = {score: Spread.of(rows, score) for score in SCORES}
     records = []
     for row in rows.values():
         about = {"row": row.name, "group": row.group, "seeds": row.seeds}
-        about |= {name: getattr(row, name) for name in SIZES}
+        about |= {name: getattr(row, name) for name in ABOUT}
         for score, spread in spreads.items():
             records.append(about | {"score": score} | difference(row, None, score, spread))
     return pd.DataFrame(records)

@@ -5,8 +5,8 @@
 with the squared error of the predicted noise, and that of the features which the Down and Up
 blocks hand on, as in BK-SDM (Kim et al., 2023, https://arxiv.org/abs/2305.15798). The paper
 writes norms and does not say whether they are squared or how features of different blocks, whose
-sizes differ by orders of magnitude, are weighted. Here errors are mean squares, and those of a
-block's features can be divided by the mean square of the teacher's.
+sizes differ by orders of magnitude, are weighted. Here errors are mean squares, or their roots
+for each sample, and those of a block's features can be divided by those of the teacher's features.
 """
 
 __all__ = ["BlockFeatures", "feature_loss", "latent_error", "noise_loss"]
@@ -19,25 +19,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SMALLEST = 1e-12  # of a mean square, so that the gradient of its root stays finite
 
-def noise_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Returns the mean squared error of predicted noise: Eq. 6 against the teacher's, or Eq. 2."""
-    return F.mse_loss(predicted, wanted)
+
+def noise_loss(predicted: Tensor, wanted: Tensor, squared: bool = True) -> Tensor:
+    """Returns the mean squared error of predicted noise: Eq. 6 against the teacher's, or Eq. 2.
+
+    Arguments:
+        predicted: Noise, with shape (n, *).
+        wanted: The same of the teacher, or what was added.
+        squared: Or else the root of each sample's mean square, averaged over samples.
+    """
+    if squared:
+        return F.mse_loss(predicted, wanted)
+    means = (predicted - wanted).square().flatten(1).mean(dim=1)
+    return (means + SMALLEST).sqrt().mean()
 
 
 def feature_loss(
-    features: Sequence[Tensor], wanted: Sequence[Tensor], relative: bool = False
+    features: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    relative: bool = False,
+    squared: bool = True,
 ) -> Tensor:
-    """Returns the mean squared error of features, averaged over blocks (Eq. 7).
+    """Returns the error of features, averaged over blocks (Eq. 7).
 
     Arguments:
         features: The student's features of each block.
         wanted: The teacher's.
-        relative: Whether each block's error is divided by the mean square of the teacher's.
+        relative: Whether each block's error is divided by what it would be of the teacher's
+            features beside zeros.
+        squared: As in `noise_loss`.
     """
-    errors = [F.mse_loss(f, w) for f, w in zip(features, wanted, strict=True)]
+    errors = [noise_loss(f, w, squared) for f, w in zip(features, wanted, strict=True)]
     if relative:
-        errors = [e / w.square().mean() for e, w in zip(errors, wanted, strict=True)]
+        whole = [noise_loss(torch.zeros_like(w), w, squared) for w in wanted]
+        errors = [e / w for e, w in zip(errors, whole, strict=True)]
     return torch.stack(errors).mean()
 
 

@@ -3,7 +3,7 @@
 __all__ = ["Examples", "folder_examples", "scene_examples"]
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,9 +22,10 @@ from bf_lib.drawing import draw
 from bf_lib.mini import to_float
 from bf_lib.models import fingerprint, load_pipeline
 from bf_lib.processes import end_with_parent
+from bf_lib.progress import progress
 from bf_lib.training_data import digest, new_file, training_captions, training_scene
 
-ENCODED = 50  # images in one go
+ENCODED = 50 * 64**2  # pixels of images in one go
 SHARE = 500  # scenes of one task of a process
 
 
@@ -98,32 +99,38 @@ def scene_examples(
 
 
 def folder_examples(
-    pipe: StableDiffusionPipeline, images: Path, file: Path, size: int | None = None
+    pipe: StableDiffusionPipeline, images: Path, folder: Path, size: int | None = None
 ) -> Path:
-    """Encodes the images of a folder, once; returns the file of `Examples`, which is `file`.
+    """Encodes the images of a folder, once for an autoencoder; returns the file of `Examples`.
+
+    Other images, captions or sizes are other files; an image is known by its name and its time.
 
     Arguments:
         pipe: The pipeline whose autoencoder encodes them.
         images: A folder with images and `metadata.csv`, as of Hugging Face's image folders, with
             columns file_name and text.
-        file: The safetensors file that they are kept in.
+        folder: Where they are kept.
         size: Height and width that images are cut and resized to; by default the pipeline's.
 
     Raises:
-        FileNotFoundError: If there is no metadata.csv.
+        FileNotFoundError: If there is no metadata.csv, or not an image that it names.
         ValueError: If it lacks a column, or has no rows.
     """
+    table = pd.read_csv(images / "metadata.csv", dtype=str, keep_default_na=False)
+    if missing := sorted({"file_name", "text"} - set(table.columns)):
+        raise ValueError(f"{images / 'metadata.csv'} has no column {missing[0]!r}")
+    if table.empty:
+        raise ValueError(f"{images / 'metadata.csv'} has no rows")
+    size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    paths = [images / name for name in table.file_name]
+    seen = [(path.name, path.stat().st_mtime_ns) for path in paths]
+    known = digest(repr([fingerprint([pipe.vae]), size, seen, table.text.tolist()]).encode())
+    file = folder / f"images-{len(paths)}-{known}.safetensors"
     if not file.exists():
-        table = pd.read_csv(images / "metadata.csv")
-        if missing := sorted({"file_name", "text"} - set(table.columns)):
-            raise ValueError(f"{images / 'metadata.csv'} has no column {missing[0]!r}")
-        if table.empty:
-            raise ValueError(f"{images / 'metadata.csv'} has no rows")
-        size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-        paths = [images / name for name in table.file_name]
-        pictures = (np.stack(part) for part in _batches(_pictures(paths, size), ENCODED))
-        moments = torch.cat([encoded(pipe.vae, part) for part in pictures])
-        captions = tuple((text,) for text in table.text.astype(str))
+        pictures = _pictures(progress(paths, desc="encode images"), size)
+        parts = (np.stack(part) for part in _batches(pictures, max(1, ENCODED // size**2)))
+        moments = torch.cat([encoded(pipe.vae, part) for part in parts])
+        captions = tuple((text,) for text in table.text)
         Examples(moments, captions, pipe.vae.config.scaling_factor).save(file)
     return file
 
@@ -143,7 +150,7 @@ def encoded(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
     return vae.encode(x).latent_dist.parameters.half().cpu()
 
 
-def _pictures(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
+def _pictures(paths: Iterable[Path], size: int) -> Iterator[np.ndarray]:
     for path in paths:
         with Image.open(path) as image:
             yield np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
@@ -171,5 +178,6 @@ def _start_process() -> None:
 def _drawn_moments(model: str | Path, indices: range) -> np.ndarray:
     vae = load_pipeline(model).vae
     images = np.stack([draw(training_scene(i)) for i in indices])
-    parts = [images[i : i + ENCODED] for i in range(0, len(images), ENCODED)]
+    count = ENCODED // (images.shape[1] * images.shape[2])
+    parts = [images[i : i + count] for i in range(0, len(images), count)]
     return torch.cat([encoded(vae, part) for part in parts]).numpy()

@@ -12,9 +12,11 @@ by a share of itself; its gradient, s times that of the scale, is
 
     <g, w_hat> - <g inside, w>
 
-for the gradient g of w_hat. It is not multiplied by LSQ's factor 1 / sqrt(N B): Adam divides by
-the gradient's size, as long as that is well above its epsilon. What does count is the rate of
-scales, which is a share of themselves and can be larger than that of weights (`Plan.rates`).
+for the gradient g of w_hat. It is not multiplied by LSQ's factor 1 / sqrt(N B), N the weights of
+a scale: Adam divides a gradient by its size, and a factor only matters where that is not well
+above Adam's epsilon, or by the share that scales have of the norm by which all gradients are
+clipped. What does count is the rate of scales, which is a share of themselves and can be larger
+than that of weights (`Plan.rates`).
 
 Going forward, the scale is rounded to float16, in which it is stored; so what is trained is, bit
 for bit, what is packed, unless the forward pass has a precision of its own. Grids that are not
@@ -128,7 +130,7 @@ def balanced(scale: Tensor, levels: int) -> FakeQuantized:
 
 
 def attach_fake_quantizer_(layer: nn.Module, levels: int) -> FakeQuantized:
-    """Makes a layer compute with its rounded weight, the class of the layer staying what it is.
+    """Makes a layer compute with its rounded weight; it is still a layer of its class.
 
     Arguments:
         layer: A convolution or linear layer.

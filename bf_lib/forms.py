@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bf_lib.decoded_files import palette_of
 from bf_lib.fakequant import FakeQuantized, bake_weights_
 from bf_lib.layers import list_layers
+from bf_lib.packed_weights import SCALES
 from bf_lib.recipe import Recipe
 from bf_lib.sizes import SizeReport, size_report
 from bf_lib.student import TRAINED_AT, quantize, with_parametrized_weights
@@ -57,7 +58,10 @@ class Form:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
         if (self.kind == "balanced") != bool(self.levels):
-            raise ValueError("balanced grids have levels, and no others have")
+            raise ValueError(f"balanced grids have levels, and no others have; got {self.kind!r}")
+        known = SCALES if self.kind == "balanced" else ("alternating", "minmax")
+        if self.scales not in known:
+            raise ValueError(f"scales must be one of {sorted(known)}, got {self.scales!r}")
 
     def __call__(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
         """Returns the student of a UNet, which stays as it is."""

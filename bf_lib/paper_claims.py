@@ -83,6 +83,13 @@ CLAIMS = (
         ACROSS,
     ),
     PaperClaim(
+        "over reconstruction at 4 bits (Q-Diffusion)",
+        "+ time-step sampling",
+        "reconstruction, 4 bits",
+        0.0044,
+        ACROSS,
+    ),
+    PaperClaim(
         "over palettes of 2 bits", "+ time-step sampling", "palettes, 2 bits", 0.0158, ACROSS
     ),
     PaperClaim(

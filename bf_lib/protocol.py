@@ -223,7 +223,7 @@ def study_examples(
         ValueError: If there are no images for another model than `mini`.
     """
     if images is not None:
-        return folder_examples(pipe, Path(images), folder / "images.safetensors")
+        return folder_examples(pipe, Path(images), folder)
     if study.model != "mini":
         raise ValueError(f"{study.model} learns from images: give a folder of them")
     return scene_examples(study.model, study.examples, folder, processes=study.workers or 1)
@@ -246,4 +246,5 @@ def study_setting(study: Study) -> Setting:
         precision=study.student_precision,
         lr=study.first_lr,
         fine_tuning_lr=study.second_lr,
+        decay=study.decay,
     )

@@ -4,6 +4,7 @@ __all__ = ["step_costs"]
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import pandas as pd
@@ -16,20 +17,27 @@ from bf_lib.noising import predicted
 from bf_lib.teaching import Teaching
 from bf_lib.timing import medians_in_turns
 
+STATES = 4  # beside a parameter: its gradient, two moments, and an average
 
-def step_costs(teaching: Teaching, size: int, repeats: int = 5) -> pd.DataFrame:
+
+def step_costs(
+    teaching: Teaching, size: int, repeats: int = 5, precision: str = "no"
+) -> pd.DataFrame:
     """Times steps of a student, of its teacher, and of a plain copy of it, in turns.
 
-    Optimizers are left out: they are the same for all.
+    Optimizers, and averages of weights, are left out: they are the same for both that are trained.
 
     Arguments:
         teaching: The student and its teacher.
-        size: Samples of a step.
+        size: Samples of a step; of a batch that is taken in parts, those of one.
         repeats: Of each; medians are reported.
+        precision: Of the forward pass, as in `Plan`.
 
     Returns:
-        Columns what ("teacher, forward", "plain fine-tuning" and "Stage I"), seconds, and kept_mb:
-        what is kept from the forward pass for the one back, beside the parameters.
+        Columns what ("teacher, forward", "plain fine-tuning" and "Stage I"), seconds, kept_mb:
+        what is kept from the forward pass for the one back, beside the parameters, and state_mb:
+        the parameters, and of what is trained also the gradients, AdamW's two moments and the
+        average of weights; the teacher's are not counted twice.
     """
     plain = copy.deepcopy(teaching.teacher).requires_grad_(True)
     generator = torch.Generator()
@@ -52,7 +60,8 @@ def step_costs(teaching: Teaching, size: int, repeats: int = 5) -> pd.DataFrame:
         "plain fine-tuning": (fine_tuning, plain),
         "Stage I": (stage_one, teaching.model),
     }
-    runs = {name: partial(_step, *step) for name, step in steps.items()}
+    cast = partial(_cast, teaching.device, precision)
+    runs = {name: partial(_step, *step, cast) for name, step in steps.items()}
     done = partial(_synchronize, teaching.device)
     medians_in_turns(runs, 1, done)  # the first is slower than those after it
     seconds = medians_in_turns(runs, repeats, done)
@@ -60,13 +69,22 @@ def step_costs(teaching: Teaching, size: int, repeats: int = 5) -> pd.DataFrame:
         {
             "what": list(steps),
             "seconds": list(seconds.values()),
-            "kept_mb": [_kept_bytes(loss, model) / 1e6 for loss, model in steps.values()],
+            "kept_mb": [_kept_bytes(loss, model, cast) / 1e6 for loss, model in steps.values()],
+            "state_mb": [_state_bytes(model, teaching) / 1e6 for _, model in steps.values()],
         }
     )
 
 
-def _step(loss: Callable[[], Tensor | None], model: nn.Module | None) -> None:
-    found = loss()
+Cast = Callable[[], AbstractContextManager]
+
+
+def _cast(device: torch.device, precision: str) -> AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _step(loss: Callable[[], Tensor | None], model: nn.Module | None, cast: Cast) -> None:
+    with cast():
+        found = loss()
     if model is not None:
         found.backward()
         model.zero_grad(set_to_none=True)
@@ -77,7 +95,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _kept_bytes(loss: Callable[[], Tensor | None], model: nn.Module | None) -> int:
+def _state_bytes(model: nn.Module | None, teaching: Teaching) -> int:
+    """Returns the bytes that are there between steps."""
+    if model is None:
+        return sum(p.nbytes for p in teaching.teacher.parameters())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return sum(p.nbytes for p in model.parameters()) + STATES * trained
+
+
+def _kept_bytes(loss: Callable[[], Tensor | None], model: nn.Module | None, cast: Cast) -> int:
     """Returns the bytes of all that autograd keeps, each piece of memory once."""
     if model is None:
         return 0
@@ -90,6 +116,6 @@ def _kept_bytes(loss: Callable[[], Tensor | None], model: nn.Module | None) -> i
             kept[storage.data_ptr()] = storage.nbytes()
         return value
 
-    with saved_tensors_hooks(keep, lambda value: value):
+    with saved_tensors_hooks(keep, lambda value: value), cast():
         loss()
     return sum(kept.values())

@@ -26,9 +26,11 @@ def quantize(
 ) -> UNet2DConditionModel:
     """Returns a trainable copy of a UNet that computes with rounded weights (BitsFusion, §4.1).
 
-    It is of the same class, and diffusers runs it as it runs the original. All its parameters are
-    trained: weights, through a straight-through estimator, scales, biases and norms. Its time
-    features are those of the original, as they are stored, and are not trained.
+    It is of the same class, and diffusers runs it as it runs the original; its rounded layers are
+    of a class that torch's parametrizations make of theirs. All its parameters are trained:
+    weights, through a straight-through estimator, scales, biases and norms. Its time features are
+    those of the original, as they are stored, and are not trained. It is saved by `save_packed`;
+    what its own `save_pretrained` would write, of trained numbers, no UNet reads.
 
     Arguments:
         unet: The original.
@@ -43,8 +45,11 @@ def quantize(
 
     Raises:
         RecipeError: If the recipe is not one for this UNet.
-        ValueError: If a weight is NaN or infinite; it says which layer it is.
+        ValueError: If scales are not one of these, or a weight is NaN or infinite; it says which
+            layer it is.
     """
+    if scales not in SCALES:
+        raise ValueError(f"scales must be one of {sorted(SCALES)}, got {scales!r}")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
     recipe.check(unet)
 

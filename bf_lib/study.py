@@ -49,10 +49,11 @@ class Study:
     student_batch: int = 16
     student_parts: int = 1  # of a batch, one after the other, which takes less memory
     student_precision: str = "no"  # of forward passes in training: that of weights, or "bf16"
-    first_lr: float = 1e-5  # of Stage I, at most; the paper's, which is constant there
+    first_lr: float = 1e-5  # of Stage I, at most; the paper's
     first_steps: int = 20_000  # of Stage I; the paper's
     second_steps: int = 50_000  # of Stage II; the paper's
-    second_lr: float = 1e-5  # of Stage II, at most; the paper's, which is constant there
+    second_lr: float = 1e-5  # of Stage II, at most; the paper's
+    decay: float = 0.0  # share of each stage, at its end, in which rates fall; none in the paper
     examined: int = 128  # challenges of each task that a student is examined by
     peers: int = 99  # how many other systems store the same UNets, if they are installed
 
@@ -73,6 +74,8 @@ class Study:
         for name in ("trained_lr", "first_lr", "second_lr"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)!r}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {self.decay!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 
@@ -112,6 +115,7 @@ _MINI = {
     "first_lr": 3e-4,
     "first_steps": 1000,
     "second_steps": 500,
+    "decay": 0.5,
 }
 
 PRESETS: dict[str, dict[str, object]] = {

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from bf_lib.atomic import write_atomically
-from bf_lib.curriculum import Row, Setting
+from bf_lib.curriculum import Row, Setting, Stage
 from bf_lib.evaluation import challenges
 from bf_lib.examples import Examples, scene_examples
 from bf_lib.exams import Bench, Exam, Student
@@ -40,13 +40,15 @@ from bf_lib.provenance import code_version, versions
 from bf_lib.reconstruction import Reconstruction
 from bf_lib.sampling import generate_in_processes
 from bf_lib.sensitivity.sweep import Sweep
-from bf_lib.teaching import Teaching
+from bf_lib.teaching import Teaching, example_losses
 from bf_lib.timecache import cached_time_features, sampling_steps
+from bf_lib.times import uniform
 from bf_lib.training import TrainingFailed, train
-from bf_lib.training_data import new_file
+from bf_lib.training_data import SCENES, new_file
 from bf_lib.training_state import load_ema
 
 DIGITS = 6  # that are kept of a number
+HELD_OUT = 512  # scenes that neither the model nor a student was trained on
 
 
 class RowsFailed(RuntimeError):
@@ -103,6 +105,11 @@ class Ablation:
             self.setting.model, self.setting.scenes, self.work, processes=processes
         )
 
+    def held_out(self, processes: int = 1) -> Path:
+        """Returns the file of scenes by which what is not the paper's can be chosen."""
+        count = min(HELD_OUT, self.setting.scenes)
+        return scene_examples(self.setting.model, count, self.work, SCENES, processes)
+
     def reference(self, processes: int = 1) -> Path:
         """Returns the file of full precision's images, which are drawn if it is missing."""
         sweep = exam_of(self.setting).sweep
@@ -126,6 +133,7 @@ class Ablation:
         if not left:
             return
         self.examples(processes=workers)
+        self.held_out(processes=workers)
         self.reference(processes=workers)
         context = get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload([__name__])
@@ -150,7 +158,11 @@ def settings_of(ablation: Ablation, row: Row, seed: int) -> dict:
     """Returns what a row was, or is to be, made with; long lists by their digests."""
     setting = row.setting(ablation.setting)
     plans = [asdict(stage.plan(setting, seed, n)) for n, stage in enumerate(row.stages)]
-    said = {"setting": asdict(ablation.setting), "row": asdict(row), "seed": seed, "plans": plans}
+    shared = asdict(ablation.setting)
+    for field in fields(ablation.setting):
+        if field.metadata.get("later") and shared[field.name] == field.default:
+            del shared[field.name]
+    said = {"setting": shared, "row": asdict(row), "seed": seed, "plans": plans}
     del said["row"]["seeds"]
     return json.loads(json.dumps(_shortened(said)))
 
@@ -215,6 +227,7 @@ def _make(row: Row, seed: int) -> float:
     started = time.monotonic()
     student = taught(ablation, row, seed)
     steps = sampling_steps(bench.images.pipe.scheduler, ablation.setting.sampler.steps)
+    held_out = held_out_error(ablation, student)
     coded = coded_bytes(student, steps, ablation.packed(row, seed))
     found = bench.examined(as_stored(student, steps), Student(row.name))
     size = row.form.size(bench.images.pipe.unet, len(steps))
@@ -226,6 +239,7 @@ def _make(row: Row, seed: int) -> float:
         "paper_bits": size.paper_bits,
         "coded_mb": None if coded is None else coded / 1e6,
         "coded_bits": None if coded is None else 8 * coded / size.parameters,
+        "held_out": held_out,
         "losses": _last_losses(ablation, row, seed),
         "minutes": round(minutes, 1),  # of this piece, if it was interrupted
         "code": code,
@@ -281,6 +295,18 @@ def taught(ablation: Ablation, row: Row, seed: int) -> UNet2DConditionModel:
     torch.manual_seed(first)  # as in training, for forms that begin with random numbers
     student = row.form(load_pipeline(setting.model).unet)
     return student if start is None else load_ema(student, start)
+
+
+def held_out_error(ablation: Ablation, student: UNet2DConditionModel) -> float:
+    """Returns the error of a student's noise beside the teacher's, of scenes that are held out.
+
+    It is Eq. 6 at uniform time-steps, a tenth of the captions being left out.
+    """
+    lesson = Stage(density=tuple(uniform().tolist())).lesson(ablation.setting, ablation.held_out())
+    teaching = Teaching(lambda _: student, lesson)
+    count = min(HELD_OUT, ablation.setting.scenes)
+    errors = example_losses(teaching, student, count, teacher=teaching.teacher)
+    return float(f"{sum(errors) / len(errors):.{DIGITS}g}")
 
 
 def coded_bytes(student: UNet2DConditionModel, steps: torch.Tensor, folder: Path) -> int | None:

@@ -12,9 +12,10 @@ ten is left out. On z_t and t,
 
 __all__ = ["OBJECTIVES", "Lesson", "Teaching", "example_losses"]
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from bf_lib.examples import Examples
 from bf_lib.models import load_pipeline
 from bf_lib.noising import Batch, noised, predicted
 from bf_lib.times import draw_times
+from bf_lib.training_data import digest
 from bf_lib.training_state import load_ema
 
 OBJECTIVES = ("distillation", "guided", "noise")
@@ -43,19 +45,24 @@ class Lesson:
     objective: str = "distillation"
     feature_weight: float = 0.01  # lambda of Eq. 8
     relative: bool = False  # whether a block's features count relative to the teacher's
+    squared: bool = True  # whether Stage I's errors are mean squares, or their roots
     rate_weight: float = 0.0  # of the bits of an entropy-coded code, see `bf_lib.coded_rate`
     dropped: float = 0.1  # of the captions
     guidance: float = 7.5  # of "guided"
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
-        if not (
-            0 <= self.dropped <= 1
-            and min(self.feature_weight, self.rate_weight) >= 0
-            and self.guidance >= 1
-        ):
-            raise ValueError(f"impossible lesson: {self}")
+        wanted = {
+            "objective": self.objective in OBJECTIVES,
+            "feature_weight": self.feature_weight >= 0,
+            "rate_weight": self.rate_weight >= 0,
+            "dropped": 0 <= self.dropped <= 1,
+            "guidance": self.guidance >= 1,
+        }
+        wrong = [f"{name}={getattr(self, name)!r}" for name, good in wanted.items() if not good]
+        if not math.isclose(total := sum(self.density), 1, rel_tol=1e-6):
+            wrong.append(f"a density whose sum is {total:g}")
+        if wrong:
+            raise ValueError(f"impossible lesson: {', '.join(wrong)}")
 
 
 class Teaching:
@@ -65,6 +72,10 @@ class Teaching:
         student: Makes the student from the teacher's UNet.
         lesson: What it is taught.
         start: The folder of an earlier training of the same student, to go on from.
+
+    Raises:
+        ValueError: If the model does not predict noise, or has other time-steps than the density.
+        FileNotFoundError: If there is no training in `start`.
     """
 
     def __init__(
@@ -76,13 +87,30 @@ class Teaching:
         self.device = PartialState().device
         self.lesson = lesson
         self.pipe = load_pipeline(lesson.model, device=self.device)
+        self._check_schedule(self.pipe.scheduler.config)
         self.teacher = self.pipe.unet.requires_grad_(False)
         self.model = student(self.teacher)
         if start is not None:
             load_ema(self.model, start)
+        said = asdict(lesson) | {"model": str(lesson.model), "examples": lesson.examples.name}
+        recipe = getattr(self.model, "recipe", None)
+        levels = recipe and sorted(recipe.levels.items())
+        # Digests of what is long.
+        self.identity = {name: digest(str(value).encode()) for name, value in said.items()}
+        self.identity["levels"] = digest(str(levels).encode())
         self.examples = Examples.load(lesson.examples)
         self.density = torch.tensor(lesson.density, dtype=torch.float64)
         self.alphas = self.pipe.scheduler.alphas_cumprod.to(self.device)
+
+    def _check_schedule(self, config: Mapping) -> None:
+        if config["prediction_type"] != "epsilon":  # Eqs. 2, 6 and 9 are of noise
+            raise ValueError(
+                f"{self.lesson.model} predicts {config['prediction_type']!r}; only models that "
+                "predict noise ('epsilon') can be taught"
+            )
+        steps, density = config["num_train_timesteps"], len(self.lesson.density)
+        if steps != density:
+            raise ValueError(f"{self.lesson.model} has {steps} time-steps, the density {density}")
 
     def draw(self, size: int, generator: torch.Generator, t: Tensor | None = None) -> Batch:
         """Draws a batch; all random numbers are drawn on the CPU, so that all devices agree.
@@ -139,12 +167,14 @@ class Teaching:
         ):
             with torch.no_grad():
                 wanted = predicted(self.teacher, batch)
-            mse = noise_loss(predicted(self.model, batch), wanted)
+            squared = self.lesson.squared
+            noise = noise_loss(predicted(self.model, batch), wanted, squared)
             if not with_features:
-                return {"loss": mse, "noise": mse}
-            features = feature_loss(learnt.taken, known.taken, self.lesson.relative)
-        loss = mse + self.lesson.feature_weight * features
-        return {"loss": loss, "noise": mse, "features": features}
+                return {"loss": noise, "noise": noise}
+            relative = self.lesson.relative
+            features = feature_loss(learnt.taken, known.taken, relative, squared)
+        loss = noise + self.lesson.feature_weight * features
+        return {"loss": loss, "noise": noise, "features": features}
 
     def _guided(self, noise: Tensor) -> Tensor:
         unconditional, conditional = noise.chunk(2)
@@ -153,7 +183,12 @@ class Teaching:
 
 @torch.no_grad()
 def example_losses(
-    teaching: Teaching, unet: UNet2DConditionModel, count: int, batch: int = 32, seed: int = 0
+    teaching: Teaching,
+    unet: UNet2DConditionModel,
+    count: int,
+    batch: int = 32,
+    seed: int = 0,
+    teacher: UNet2DConditionModel | None = None,
 ) -> list[float]:
     """Returns the loss of Stage II (Eq. 2) for single examples, the same for each UNet.
 
@@ -163,9 +198,11 @@ def example_losses(
         count: How many.
         batch: How many at once.
         seed: Another one draws others.
+        teacher: Whose noise is wanted, for the loss of Stage I without features (Eq. 6).
     """
     generator, found = torch.Generator().manual_seed(seed), []
     for start in range(0, count, batch):
         drawn = teaching.draw(min(batch, count - start), generator)
-        found += (predicted(unet, drawn) - drawn.noise).square().flatten(1).mean(1).tolist()
+        wanted = drawn.noise if teacher is None else predicted(teacher, drawn)
+        found += (predicted(unet, drawn) - wanted).square().flatten(1).mean(1).tolist()
     return found

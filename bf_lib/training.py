@@ -7,7 +7,8 @@ single-thread processes do about 1.3 times the work of one with two threads; eac
 part of the batch, so their number is part of what a training is.
 
 Processes, devices and precision are those of `accelerate`: `fit` starts processes on this machine,
-and `train` is one of them, also under `accelerate launch` on several GPUs or machines.
+one for each GPU where there are any, and `train` is one of them, also of a script under
+`accelerate launch` on several machines.
 """
 
 __all__ = ["Plan", "Task", "TrainingFailed", "fit", "train"]
@@ -32,6 +33,9 @@ from bf_lib.progress import progress
 from bf_lib.training_log import LOGGED, TrainingLog
 from bf_lib.training_state import TrainingState
 
+# Of the forward pass. There is no float16, whose small gradients would need a factor.
+PRECISIONS = ("no", "bf16")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,16 +50,26 @@ class Plan:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     rates: tuple[tuple[str, float], ...] = ()  # end of a parameter's name, factor of its rate
-    accumulate: int = 1  # parts that a process takes its share in, one after the other
+    accumulate: int = 1  # parts of a batch, one after the other as far as processes do not share
     precision: str = "no"  # of the forward pass: "no" is that of the weights, or "bf16"
     seed: int = 0
     save_every: int = 200  # steps; a multiple of `LOGGED`, so that no row is cut by a kill
 
     def __post_init__(self) -> None:
-        counts = self.steps, self.batch, self.save_every, self.accumulate
-        in_range = 0 <= self.decay <= 1 and 0 <= self.ema < 1 and self.lr > 0 and self.clip > 0
-        if min(counts) < 1 or self.save_every % LOGGED or not in_range:
-            raise ValueError(f"impossible training plan: {self}")
+        wanted = {
+            "steps": self.steps >= 1,
+            "batch": self.batch >= 1,
+            "accumulate": self.accumulate >= 1,
+            "save_every": self.save_every >= 1 and self.save_every % LOGGED == 0,
+            "decay": 0 <= self.decay <= 1,
+            "ema": 0 <= self.ema < 1,
+            "lr": self.lr > 0,
+            "clip": self.clip > 0,
+            "precision": self.precision in PRECISIONS,
+        }
+        wrong = [f"{name}={getattr(self, name)!r}" for name, good in wanted.items() if not good]
+        if wrong:
+            raise ValueError(f"impossible training plan: {', '.join(wrong)}")
 
     def rate(self, step: int) -> float:
         """Returns the learning rate at a step."""
@@ -67,6 +81,21 @@ class Plan:
         """Returns by what the learning rate of a parameter is multiplied."""
         return next((factor for end, factor in self.rates if name.endswith(end)), 1.0)
 
+    def shares(self, processes: int) -> tuple[int, int]:
+        """Returns in how many parts each process takes its share of a batch, and their size.
+
+        Raises:
+            ValueError: If they cannot be of one size.
+        """
+        parts = max(1, self.accumulate // processes)
+        size, rest = divmod(self.batch, processes * parts)
+        if rest:
+            raise ValueError(
+                f"a batch of {self.batch} cannot be shared by {processes} processes, each of "
+                f"which takes {parts} parts of one size (accumulate={self.accumulate})"
+            )
+        return parts, size
+
 
 class TrainingFailed(FloatingPointError):
     """A loss or a gradient is not finite; says at which step, and in which layer first."""
@@ -75,7 +104,9 @@ class TrainingFailed(FloatingPointError):
 class Task(Protocol):
     """What is trained: a module, and the loss of one part of a batch.
 
-    Only its parameters that require gradients are trained and saved; nothing else may change.
+    Only its parameters that require gradients are trained and saved; nothing else may change. What
+    a training is, beside its plan, its parameters' names and its losses before any step, can be
+    said in an attribute `identity` that JSON can hold.
     """
 
     model: nn.Module
@@ -88,27 +119,28 @@ def fit(
     make: Callable[[], Task],
     plan: Plan,
     folder: Path,
-    processes: int = 2,
+    processes: int | None = None,
     threads: int = 1,
 ) -> None:
-    """Trains in processes on the CPU, from the last checkpoint in `folder` where there is one.
+    """Trains in processes, from the last checkpoint in `folder` where there is one.
 
-    It must be one of the same plan and task. The task is recognised by its losses before any
-    training, so that a changed model, loss or caption starts over; the checkpoint of another
-    training is kept beside, as `replaced`.
+    It must be one of the same plan and task. The task is recognised by what it says of itself, by
+    the names of what is trained, and by its losses before any training, so that a changed model,
+    loss or caption starts over; the checkpoint of another training is kept beside, as `replaced`.
 
     Arguments:
         make: Builds the task; called once in each process, so it must be picklable.
         plan: The length and rates of the training.
         folder: Where `checkpoint.safetensors` and `log.csv` are kept.
-        processes: How many processes share each batch; `plan.batch` must be a multiple.
+        processes: How many processes share each batch; `plan.batch` must be a multiple. By
+            default one for each CUDA device, or two on the CPU.
         threads: Threads of each process.
 
     Raises:
         ProcessRaisedException: With the error of the process that failed first.
     """
-    if plan.batch % (processes * plan.accumulate):
-        raise ValueError(f"a batch of {plan.batch} cannot be shared by {processes} processes")
+    processes = processes or torch.cuda.device_count() or 2
+    plan.shares(processes)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,7 +163,8 @@ def _started(
     end_with_parent()
     torch.set_num_threads(threads)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-    place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads}
+    place["ACCELERATE_USE_CPU"] = not torch.cuda.is_available()
     os.environ |= {name: str(value) for name, value in place.items()}
     train(make, plan, folder)
 
@@ -147,17 +180,16 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     """
     accelerator = Accelerator(mixed_precision=plan.precision)
     world, rank = accelerator.num_processes, accelerator.process_index
-    if plan.batch % (world * plan.accumulate):
-        raise ValueError(f"a batch of {plan.batch} cannot be shared by {world} processes")
-    size = plan.batch // (world * plan.accumulate)
+    parts_each, size = plan.shares(world)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)  # the same initial weights in each process
     task = make()
     task.model.to(accelerator.device).train()
-    made = {"plan": asdict(plan), "processes": world, "untrained": _losses(task, plan.seed)}
-    made = json.loads(json.dumps(made))  # tuples become lists
     trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
     names, params = zip(*trained, strict=True)
+    made = {"plan": asdict(plan), "processes": world, "untrained": _losses(task, plan.seed)}
+    made |= {"names": names, "identity": getattr(task, "identity", None)}
+    made = json.loads(json.dumps(made))  # tuples become lists
     ema = [p.detach().clone() for p in params]
     # Of deep layers most gradients are below its epsilon of 1e-8, so they move less than their
     # rate. With 1e-15 students are neither better nor worse.
@@ -179,22 +211,26 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     for step in progress(steps, desc=f"train {folder.name}") if log else steps:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step) * group["factor"]
-        places = range(step * plan.accumulate, (step + 1) * plan.accumulate)
+        places = range(step * parts_each, (step + 1) * parts_each)
         seeds = [seed_of(plan.seed, rank, place) for place in places]
         optimizer.zero_grad(set_to_none=False)
         parts = []
         for seed in seeds:
+            torch.manual_seed(seed)  # of dropout, if the model has any
             with accelerator.autocast():
                 scalars = task.loss(step, size, torch.Generator().manual_seed(seed))
-            (scalars["loss"] / plan.accumulate).backward()
+            (scalars["loss"] / parts_each).backward()
             parts.append({name: value.detach() for name, value in scalars.items()})
+        if unused := [name for name, p in trained if p.grad is None]:
+            raise ValueError(f"the loss does not depend on {unused[:5]}: freeze what is not used")
         mine = nn.utils.get_total_norm([p.grad for p in params]).isfinite()
         _average_gradients(accelerator, params)
         norm = nn.utils.get_total_norm([p.grad for p in params])
         if not torch.isfinite(norm):  # before clipping, which would make all of them NaN
             if mine:  # another process is at fault, and names the layer
                 accelerator.wait_for_everyone()
-            where = _first_broken(task, step, size, seeds, trained)
+            with accelerator.autocast():
+                where = _first_broken(task, step, size, seeds, trained)
             raise TrainingFailed(f"the gradient is not finite at step {step}: {where}")
         nn.utils.clip_grads_with_norm_(params, plan.clip, norm)
         optimizer.step()
@@ -266,4 +302,6 @@ def _first_broken(
         name = broken[0].split(".parametrizations")[0]
         return f"the first that is not is the output of {name or 'the model'}"
     names = [name for name, p in reversed(trained) if not p.grad.isfinite().all()]
+    if not names:
+        return "all outputs and gradients are, but together these are too large"
     return f"all outputs are, but not the gradients of {', '.join(names[:3])}"

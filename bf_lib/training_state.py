@@ -75,7 +75,14 @@ class TrainingState:
 
 
 def load_ema(model: nn.Module, folder: Path) -> nn.Module:
-    """Loads the averaged weights of the checkpoint in `folder` into a module of its kind."""
+    """Loads the averaged weights of the checkpoint in `folder` into a module of its kind.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If its weights have other names.
+    """
+    if not (folder / CHECKPOINT).exists():
+        raise FileNotFoundError(f"no training is in {folder}, or none that got to a checkpoint")
     tensors, _ = _read(folder / CHECKPOINT)
     state = {name[4:]: value for name, value in tensors.items() if name.startswith("ema/")}
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}

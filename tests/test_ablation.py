@@ -162,6 +162,16 @@ def test_stage_two_draws_the_same_whatever_came_before():
     assert len(set(seeds)) == 6
 
 
+def test_a_row_is_done_if_what_came_later_is_at_its_default(small):
+    row = small.rows[3]
+    assert "squared" not in record_of(small, row, 0)["settings"]["setting"]
+    other = replace(small, setting=replace(small.setting, squared=False))
+    assert state_of(other, row, 0) == "of other settings"
+    changed = replace(row, changed=(("squared", False),))
+    assert not changed.stages[0].lesson(changed.setting(small.setting), small.work).squared
+    assert state_of(small, changed, 0) == "of other settings"
+
+
 def test_a_row_of_other_settings_is_not_done(small, nine):
     row = small.rows[3]
     for other in (

@@ -24,9 +24,10 @@ from bf_lib.recipe import Recipe
 from bf_lib.times import uniform
 
 
-def row(name: str, values: np.ndarray, trained: bool = True) -> Finished:
+def row(name: str, values: np.ndarray, trained: bool = True, first: str = "") -> Finished:
     scores = {"clip": values, "passed": values, "mse": -values}
-    return Finished(name, "paper", 1.9, 2.1, 3.6, 2.0, trained, scores)
+    seeds = tuple(range(len(values)))
+    return Finished(name, "paper", 1.9, 2.1, 3.6, 2.0, 0.001, trained, scores, seeds, first)
 
 
 def drawn(
@@ -125,6 +126,38 @@ def test_intervals_cover_what_they_are_of(seeds, spreads, single):
         found = difference(a, b, "clip", of(a, b, *others))
         outside += not found["low"] <= 0 <= found["high"]
     assert 2 <= outside <= 20
+
+
+def test_rows_that_go_on_from_the_same_weights_are_compared_training_by_training():
+    """The luck of the first stage is in both; that of the second alone makes intervals miss."""
+    outside, widths = 0, []
+    for trial in range(200):
+        rows = []
+        for family in range(4):
+            seed = 1000 * trial + 10 * family
+            start = drawn(0.0, 3, 60, seed, spread=0.5)
+            more = [drawn(0.0, 3, 60, seed + i, 0.05) - drawn(0.0, 1, 60, 0, 0, 0) for i in (1, 2)]
+            rows += [row(f"{family}", start, first=f"{family}")]
+            rows += [
+                row(f"{family}+{i}", start + m, first=f"{family}") for i, m in enumerate(more)
+            ]
+        spread = of(*rows)
+        found = difference(rows[1], rows[0], "clip", spread)
+        outside += not found["low"] <= 0 <= found["high"]
+        apart = difference(replace(rows[1], first=""), rows[0], "clip", spread)
+        widths.append((found["high"] - found["low"]) / (apart["high"] - apart["low"]))
+    assert 2 <= outside <= 20
+    assert np.median(widths) < 0.3
+
+
+def test_only_trainings_of_the_same_seed_are_paired():
+    a = replace(row("a", drawn(0.0, 2), first="f"), trainings=(0, 2))
+    b = replace(row("b", a.scores["clip"][::-1] + 1.0, first="f"), trainings=(2, 1))
+    found = b.over(a)
+    assert found.trainings == (2,)
+    np.testing.assert_allclose(found.scores["clip"], 1.0)
+    assert not row("c", drawn(0.0), first="other").goes_on_as(a)
+    assert not replace(b, trainings=(5, 6)).goes_on_as(a)
 
 
 def test_trainings_that_differ_make_intervals_wider():

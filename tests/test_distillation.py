@@ -11,9 +11,14 @@ from bf_lib.models import load_pipeline
 def test_losses_are_mean_squares():
     a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]])
     assert noise_loss(a, b) == 2
+    assert float(noise_loss(a, b, squared=False)) == pytest.approx(2**0.5)
+    two = torch.tensor([[3.0, 4.0], [0.0, 0.0]])  # roots of each sample, not of all
+    assert float(noise_loss(two, 0 * two, squared=False)) == pytest.approx(12.5**0.5 / 2, rel=1e-5)
     assert feature_loss([a, b], [b, b]) == 1
     # relative to the mean square of the second, 6.5
     assert float(feature_loss([a, b], [b, b], relative=True)) == pytest.approx(1 / 6.5)
+    rooted = feature_loss([a, b], [b, b], relative=True, squared=False)
+    assert float(rooted) == pytest.approx((2 / 6.5) ** 0.5 / 2, rel=1e-5)
     with pytest.raises(ValueError, match="zip"):
         feature_loss([a], [a, b])
 

@@ -76,13 +76,27 @@ def photos(tmp_path):
 
 def test_a_folder_of_images_is_cut_to_squares_and_encoded(photos):
     pipe = toy_pipeline()
-    found = Examples.load(folder_examples(pipe, photos, photos / "kept.safetensors"))
+    found = Examples.load(folder_examples(pipe, photos, photos / "kept"))
     assert found.captions == (("square",), ("tall",)) and found.moments.shape == (2, 8, 8, 8)
     image = np.asarray(Image.open(photos / "b.png"))
     wanted = encoded(pipe.vae, image[None])
     torch.testing.assert_close(found.moments[:1], wanted, rtol=2e-3, atol=2e-3)
-    (photos / "metadata.csv").unlink()  # what is kept is not asked for again
-    assert len(Examples.load(folder_examples(pipe, photos, photos / "kept.safetensors"))) == 2
+
+
+def test_images_of_a_folder_are_encoded_once_and_others_anew(photos, tmp_path):
+    pipe, kept = toy_pipeline(), tmp_path / "kept"
+    file = folder_examples(pipe, photos, kept)
+    before = file.stat().st_mtime_ns
+    assert folder_examples(pipe, photos, kept) == file and file.stat().st_mtime_ns == before
+    table = pd.DataFrame({"file_name": ["b.png", "a.png"], "text": ["None", ""]})
+    table.to_csv(photos / "metadata.csv", index=False)
+    renamed = folder_examples(pipe, photos, kept)
+    assert Examples.load(renamed).captions == (("None",), ("",))  # as they are, not NaN
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(photos / "b.png")
+    redrawn = folder_examples(pipe, photos, kept)
+    assert not torch.equal(Examples.load(redrawn).moments, Examples.load(renamed).moments)
+    smaller = folder_examples(pipe, photos, kept, size=8)
+    assert len({file, renamed, redrawn, smaller}) == len(list(kept.iterdir())) == 4
 
 
 def test_a_folder_without_what_is_needed_is_refused(photos):

@@ -128,3 +128,9 @@ def test_impossible_forms_are_refused():
     for wrong in ({}, {"kind": "plain", "levels": LEVELS}):
         with pytest.raises(ValueError, match="have levels"):
             Form(**wrong)
+
+
+def test_scales_that_are_not_known_are_refused():
+    for wrong in ({"kind": "plain", "scales": "optimal"}, {"levels": (("a", 3),), "scales": "x"}):
+        with pytest.raises(ValueError, match=f"scales must be one of .*got '{wrong['scales']}'"):
+            Form(**wrong)

@@ -22,6 +22,22 @@ def test_steps_are_timed_in_turns(teaching):
     assert all(torch.equal(v, before[n]) for n, v in teaching.model.state_dict().items())
 
 
+def test_what_is_there_between_steps_is_counted_by_parameters(teaching):
+    found = step_costs(teaching, size=2, repeats=1).set_index("what").state_mb
+    teacher = sum(p.numel() for p in teaching.teacher.parameters())
+    student = sum(p.numel() for p in teaching.model.parameters())
+    assert found.tolist() == pytest.approx([4e-6 * teacher, 20e-6 * teacher, 20e-6 * student])
+
+
+def test_less_is_kept_in_half_precision(teaching):
+    kept = [
+        step_costs(teaching, size=4, repeats=1, precision=precision).set_index("what").kept_mb
+        for precision in ("no", "bf16")
+    ]
+    ratio = kept[1]["plain fine-tuning"] / kept[0]["plain fine-tuning"]
+    assert 0.4 < ratio < 0.95  # norms keep float32, and weights are there in both
+
+
 def test_what_is_kept_grows_with_the_batch_and_by_rounded_weights(teaching):
     two, four = (
         step_costs(teaching, size=size, repeats=1).set_index("what").kept_mb for size in (2, 4)

@@ -40,6 +40,7 @@ def test_overrides():
         ({"bits": (2, 2)}, "bits must differ"),
         ({"trained_steps": 0}, "trained_steps must be an integer from 1 up, got 0"),
         ({"trained_lr": 0.0}, "trained_lr must be in"),
+        ({"decay": 1.5}, "decay must be in"),
         ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
     ],
 )

@@ -1,5 +1,6 @@
 """What students are taught: objectives by hand, captions dropped for both, and learning."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -33,6 +34,56 @@ def test_stage_one_is_the_error_of_noise_and_features(lesson):
     found["loss"].backward()
     assert all(p.grad is not None for p in task.model.parameters())
     assert all(p.grad is None for p in task.teacher.parameters())
+
+
+def test_errors_need_not_be_squared(lesson):
+    plain = Teaching(ternary, lesson).loss(0, 1, seeded())
+    rooted = Teaching(ternary, replace(lesson, squared=False)).loss(0, 1, seeded())
+    torch.testing.assert_close(rooted["noise"].square(), plain["noise"])  # of one sample
+    assert rooted["features"] != plain["features"]
+    rooted["loss"].backward()
+    same_as_teacher = Teaching(same, replace(lesson, squared=False)).loss(0, 1, seeded())
+    assert 0 <= float(same_as_teacher["loss"]) < 1e-5
+
+
+def test_a_lesson_knows_what_it_is(lesson):
+    """Also where its losses before any training are the same."""
+    base = Teaching(ternary, replace(lesson, feature_weight=0.0)).identity
+    others = [
+        Teaching(ternary, replace(lesson, feature_weight=0.0, dropped=0.11)),
+        Teaching(ternary, replace(lesson, feature_weight=0.0, relative=True)),
+        Teaching(same, replace(lesson, feature_weight=0.0)),
+    ]
+    assert Teaching(ternary, replace(lesson, feature_weight=0.0)).identity == base
+    assert all(other.identity != base for other in others)
+
+
+def test_lessons_that_cannot_be_are_refused(lesson):
+    for wrong, said in (
+        ({"objective": "nois"}, "objective='nois'"),
+        ({"dropped": 2.0, "guidance": 0.5}, "dropped=2.0, guidance=0.5"),
+        ({"density": (0.25, 0.25)}, "a density whose sum is 0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"impossible lesson: {said}$"):
+            replace(lesson, **wrong)
+
+
+def test_models_that_do_not_predict_noise_are_refused(tmp_path):
+    lesson = toy_lesson(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    for changed, said in (
+        ({"prediction_type": "v_prediction"}, "predicts 'v_prediction'"),
+        ({"num_train_timesteps": 500}, "has 500 time-steps, the density 1000"),
+    ):
+        file.write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=said):
+            Teaching(ternary, lesson)
+
+
+def test_a_start_that_is_missing_is_said(lesson, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no training is in"):
+        Teaching(ternary, lesson, tmp_path)
 
 
 def test_without_features_only_the_noise_counts(lesson):

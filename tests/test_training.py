@@ -204,7 +204,7 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path):
 
 
 def test_seeds_processes_and_steps_draw_other_numbers(tmp_path):
-    plan = replace(PLAN, steps=3, accumulate=2)
+    plan = replace(PLAN, steps=3, accumulate=4)  # two parts for each of two processes
     for seed in (0, 1):
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -214,6 +214,86 @@ def test_seeds_processes_and_steps_draw_other_numbers(tmp_path):
     lines = [line.split() for file in files for line in file.read_text().splitlines()]
     assert len(lines) == 2 * 2 * 3 * 2 and {len(line) for line in lines} == {2}
     assert len({number for line in lines for number in line}) == 2 * 2 * 3 * 4
+
+
+def test_processes_share_the_parts_of_a_batch():
+    plan = replace(PLAN, batch=256, accumulate=64)
+    assert [plan.shares(n) for n in (1, 8, 64, 256)] == [(64, 4), (8, 4), (1, 4), (1, 1)]
+
+
+def test_a_script_can_be_launched(tmp_path):
+    """Two processes that torchrun starts, as `accelerate launch` does, learn what `fit`'s do."""
+    program = f"""
+from pathlib import Path
+from test_training import PLAN, Line
+from bf_lib.training import train
+train(Line, PLAN, Path({str(tmp_path / "launched")!r}))
+"""
+    (tmp_path / "script.py").write_text(program)
+    places = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*launch, str(tmp_path / "script.py")],
+        env=os.environ | {"PYTHONPATH": places, "ACCELERATE_USE_CPU": "true"},
+        check=True,
+        capture_output=True,
+    )
+    fit(Line, PLAN, tmp_path / "fitted", processes=2)
+    launched, fitted = saved(tmp_path / "launched"), saved(tmp_path / "fitted")
+    assert launched.keys() == fitted.keys()
+    assert all(torch.equal(launched[name], fitted[name]) for name in fitted)
+
+
+class Dropping(Line):
+    """Draws from torch's own generator, as dropout does; dies at step 30, once."""
+
+    def __init__(self, marked: Path | None = None) -> None:
+        super().__init__()
+        self.marked = marked
+
+    def loss(self, step: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if step == 30 and self.marked and not self.marked.exists():
+            self.marked.touch()
+            raise RuntimeError("killed")
+        found = super().loss(step, size, generator)
+        return found | {"loss": found["loss"] * (0.5 + torch.rand(()))}
+
+
+def test_what_dropout_draws_is_the_same_after_a_kill(tmp_path):
+    fit(Dropping, PLAN, tmp_path / "whole", processes=1)
+    killed = partial(Dropping, tmp_path / "marked")
+    with pytest.raises(ProcessRaisedException, match="killed"):
+        fit(killed, PLAN, tmp_path / "killed", processes=1)
+    fit(killed, PLAN, tmp_path / "killed", processes=1)
+    whole, resumed = saved(tmp_path / "whole"), saved(tmp_path / "killed")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+class Unused(Line):
+    """Has a parameter that nothing is computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.spare = nn.Parameter(torch.zeros(1))
+
+
+def test_a_parameter_that_is_not_used_is_named(tmp_path):
+    with pytest.raises(ProcessRaisedException, match=r"does not depend on \['spare'\]"):
+        fit(Unused, PLAN, tmp_path, processes=1)
+
+
+class Called(Line):
+    """Says what it is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.identity = {"name": name}
+
+
+def test_a_task_that_says_it_is_another_starts_over(tmp_path):
+    for name, replaced in (("one", False), ("one", False), ("other", True)):
+        fit(partial(Called, name), PLAN, tmp_path, processes=1)
+        assert (tmp_path / "replaced.safetensors").exists() is replaced
 
 
 def test_an_infinite_loss_stops_with_the_last_checkpoint_whole(tmp_path):
@@ -290,8 +370,10 @@ def test_impossible_plans_and_missing_weights_are_refused(whole, tmp_path):
     for wrong in ({name: value} for name, value in wrong_values.items()):
         with pytest.raises(ValueError, match="impossible training plan"):
             replace(PLAN, **wrong)
-    with pytest.raises(ValueError, match="cannot be shared"):
+    with pytest.raises(ValueError, match="batch of 3 cannot be shared by 2 processes"):
         fit(Line, replace(PLAN, batch=3), tmp_path)
+    with pytest.raises(ValueError, match="plan: lr=-1.0, precision='fp16'$"):
+        replace(PLAN, lr=-1.0, precision="fp16")
     with pytest.raises(ValueError, match="holds no weights"):
         load_ema(nn.Sequential(nn.Linear(1, 1)), whole)
     with pytest.raises(ValueError, match="weights of another model: \\['bias'\\]"):
