@@ -41,7 +41,7 @@ from bf_lib.recipe_study import Choices, by_optimum, by_rule, error_table
 from bf_lib.sampling import Sampler
 from bf_lib.sizes import size_report
 from bf_lib.study import Study
-from bf_lib.taught_rows import Ablation, exam_of, state_of
+from bf_lib.taught_rows import Ablation, effort_of, exam_of, state_of
 from bf_lib.timecache import sampling_steps
 
 SETTINGS = {
@@ -158,11 +158,14 @@ def main() -> int:
     print(table.to_string(index=False) if given.list else table.state.value_counts().to_string())
     if given.list:
         return 0
-    left, minutes = int((table.state != "done").sum()), 0.0
-    for done, (row, seed, took) in enumerate(ablation.run(given.workers), 1):
-        minutes += took
-        rest = (left - done) * minutes / done / given.workers
-        more = f"{left - done} left, about {duration(60 * rest)}"
+    left = [task for task in ablation.tasks() if state_of(ablation, *task) != "done"]
+    efforts = [effort_of(ablation, *task) for task in left]
+    minutes, done, rest = 0.0, 0.0, sum(efforts)
+    for count, (row, seed, took) in enumerate(ablation.run(given.workers), 1):
+        effort = effort_of(ablation, row, seed)
+        minutes, done, rest = minutes + took, done + effort, rest - effort
+        seconds = 60 * rest * minutes / done / given.workers
+        more = f"{len(left) - count} left, about {duration(seconds)}"
         print(f"{row.name}, seed {seed}: {took:.1f} min; {more}", flush=True)
     if given.rows == "result":
         ship(ablation, SHIPPED, ROOT / "data" / "checkpoints")

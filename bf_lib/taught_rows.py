@@ -7,7 +7,7 @@ with the settings that it was made with: it is done as long as these are those o
 else changed.
 """
 
-__all__ = ["Ablation", "RowsFailed", "exam_of", "record_of", "state_of"]
+__all__ = ["Ablation", "RowsFailed", "effort_of", "exam_of", "record_of", "state_of"]
 
 import hashlib
 import json
@@ -165,6 +165,18 @@ def settings_of(ablation: Ablation, row: Row, seed: int) -> dict:
     said = {"setting": shared, "row": asdict(row), "seed": seed, "plans": plans}
     del said["row"]["seeds"]
     return json.loads(json.dumps(_shortened(said)))
+
+
+def effort_of(ablation: Ablation, row: Row, seed: int) -> float:
+    """Returns about how much work a row is, in evaluations of the UNet for one sample.
+
+    A training step is some four of the teacher's and the student's, and an image two for each step
+    of the sampler.
+    """
+    setting = row.setting(ablation.setting)
+    plans = [stage.plan(setting, seed, n) for n, stage in enumerate(row.stages)]
+    drawn = len(exam_of(setting).sweep.prompts) * setting.sampler.steps
+    return 4 * sum(plan.steps * plan.batch for plan in plans) + 2 * drawn
 
 
 def _digest(value: object) -> str:

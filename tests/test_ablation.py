@@ -28,7 +28,7 @@ from bf_lib.recipe import Recipe
 from bf_lib.sampling import generate
 from bf_lib.student import quantize
 from bf_lib.study import Study
-from bf_lib.taught_rows import Ablation, RowsFailed, exam_of, record_of, state_of
+from bf_lib.taught_rows import Ablation, RowsFailed, effort_of, exam_of, record_of, state_of
 from bf_lib.times import uniform
 
 
@@ -170,6 +170,12 @@ def test_a_row_is_done_if_what_came_later_is_at_its_default(small):
     changed = replace(row, changed=(("squared", False),))
     assert not changed.stages[0].lesson(changed.setting(small.setting), small.work).squared
     assert state_of(small, changed, 0) == "of other settings"
+
+
+def test_longer_rows_are_more_work(small):
+    untrained, first, _, both = (effort_of(small, row, 0) for row in small.rows)
+    assert untrained == 2 * 6 * 2  # six images in two steps
+    assert first - untrained == both - first == 4 * 2  # a step of two samples in each stage
 
 
 def test_a_row_of_other_settings_is_not_done(small, nine):

@@ -20,6 +20,7 @@ LABELS = {
     "perceptual": "perceptual distance",
 }
 ROW = 0.22  # inches
+MARKERS = "osD^vPX*hp"  # as many as there are colours
 
 
 def scores(rows: pd.DataFrame, reference: str = "full precision") -> Figure:
@@ -62,14 +63,16 @@ def trained_frontier(
 
     Arguments:
         rows: Columns row, bits, score, value, low and high.
-        groups: By what they are called, the rows of each.
+        groups: By what they are called, the rows of each; ten at most.
         reference: Whose value and interval is a band over all sizes.
     """
+    if len(groups) > len(MARKERS):
+        raise ValueError(f"{len(groups)} groups are too many to tell apart")
     kinds = list(rows.score.unique())
     figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 3.0), squeeze=False)
     for axis, kind in zip(axes.flat, kinds, strict=True):
         part = rows[rows.score == kind].set_index("row")
-        for marker, (name, members) in zip("osD^vPX*", groups.items(), strict=False):
+        for marker, (name, members) in zip(MARKERS, groups.items(), strict=False):
             line = part.loc[[m for m in members if m in part.index]].sort_values("bits")
             spread = [line.value - line.low, line.high - line.value]
             axis.errorbar(
