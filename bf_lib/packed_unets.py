@@ -93,7 +93,10 @@ def pack_student(
 
     Raises:
         UncachedStep: If the student has no features of a time-step.
+        ValueError: If it is not what `quantize` made, as of other grids.
     """
+    if not hasattr(student, "recipe"):
+        raise ValueError("only students that `quantize` made are packed: grids must be balanced")
     unet = copy.deepcopy(student).requires_grad_(False)
     unet.register_to_config(_name_or_path=source)  # not a folder of the machine it was made on
     scales = {name: quantizer.scale for name, quantizer in fake_quantizers(unet).items()}

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from toys import WIDTH, toy_unet
+from toys import WIDTH, toy_pipeline, toy_unet
 
 import bf_lib
 from bf_lib.fakequant import fake_quantizers
@@ -127,6 +127,21 @@ def test_other_scales_start_elsewhere():
     assert (scales[0] < scales[1]).all()
 
 
+def test_a_pipeline_of_diffusers_runs_a_student_and_what_is_packed_of_it_alike():
+    pipe = toy_pipeline()
+    student = quantize(pipe.unet, recipe_of(pipe.unet))
+    with torch.no_grad():
+        for parameter in student.parameters():  # as they are stored
+            parameter.copy_(parameter.half())
+    images = []
+    for unet in (student, pack_student(student)):
+        pipe.unet = unet
+        generator = torch.Generator().manual_seed(0)
+        drawn = pipe("a b", num_inference_steps=3, generator=generator, output_type="pt")
+        images.append(drawn.images)
+    assert torch.equal(*images)
+
+
 def test_what_cannot_be_quantized_is_refused_by_name(student):
     unet = toy_unet()
     with pytest.raises(RecipeError, match="is missing"):
@@ -137,3 +152,5 @@ def test_what_cannot_be_quantized_is_refused_by_name(student):
         quantize(unet, recipe_of(unet), STEPS)
     with pytest.raises(UncachedStep, match="7"):
         pack_student(student, [7])
+    with pytest.raises(ValueError, match="only students that `quantize` made"):
+        pack_student(toy_unet())
