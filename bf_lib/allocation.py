@@ -41,7 +41,7 @@ from bf_lib.layers import Layer
 from bf_lib.packing import packed_bytes
 
 BONUS_QUANTILES = (0.90, 0.95, 0.98)  # Alg. 1: a bit more above each of these
-ROOM = 1e-6  # of the budget: how far HiGHS may step over a constraint
+ROOM = 1e-9  # of the budget: how far HiGHS may step over it, as it is scaled here
 
 
 class ImpossibleBudget(ValueError):
@@ -215,12 +215,13 @@ def optimum(
     for other in apart_from:
         same = errors.columns.to_numpy()[None, :] == other.loc[errors.index].to_numpy()[:, None]
         limits.append(LinearConstraint(same.ravel().astype(float), -np.inf, rows - differing))
-    # HiGHS also works to absolute tolerances of 1e-6 and less, so that the budget becomes 1, and
-    # the largest error 1000: the sum of the chosen ones is often far below it.
+    # HiGHS also works to absolute tolerances of 1e-6 and less, so that the budget becomes 1000,
+    # and the largest error as well: the sum of the chosen ones is often far below it.
+    unit = budget * ROOM / 1e-6
     size = (np.abs(errors.to_numpy()).max() or 1.0) / 1000
     allowed, bound = budget, np.inf
     while True:
-        price = LinearConstraint(costs.to_numpy().ravel() / budget, -np.inf, allowed / budget)
+        price = LinearConstraint(costs.to_numpy().ravel() / unit, -np.inf, allowed / unit)
         found = milp(
             errors.to_numpy().ravel() / size,
             integrality=np.ones(rows * columns),

@@ -134,6 +134,16 @@ def test_a_budget_that_is_too_small_says_what_is_possible(stored):
         within_budget(by_bits, params, lambda bits: bits.sum(), 255)
 
 
+def test_a_budget_is_kept_to_the_byte_and_the_optimum_still_proven():
+    """Of millions of bytes, one too many is within the tolerance of a solver that counts these."""
+    levels = [3, 5, 9]
+    costs = pd.DataFrame([[1e6, 2_000_000, 2_000_001]] * 3, columns=levels)
+    errors = pd.DataFrame([[9.0, 1.0, 0.5], [9.0, 1.0, 0.2], [9.0, 1.0, 0.4]], columns=levels)
+    found = optimum(errors, costs, 6_000_001)
+    assert found.choice.tolist() == [5, 9, 5] and found.cost == 6_000_001
+    assert found.error == pytest.approx(2.2) and found.bound == pytest.approx(2.2, rel=1e-6)
+
+
 def test_errors_that_are_not_numbers_are_refused():
     errors, costs, _ = instance(3)
     errors.loc["layer 1", 5] = np.nan
