@@ -39,6 +39,7 @@ from scipy.sparse import csr_array, eye_array, kron
 from bf_lib.grids import bits_of_levels
 from bf_lib.layers import Layer
 from bf_lib.packing import packed_bytes
+from bf_lib.processes import without_output
 
 BONUS_QUANTILES = (0.90, 0.95, 0.98)  # Alg. 1: a bit more above each of these
 ROOM = 1e-9  # of the budget: how far HiGHS may step over it, as it is scaled here
@@ -222,13 +223,15 @@ def optimum(
     allowed, bound = budget, np.inf
     while True:
         price = LinearConstraint(costs.to_numpy().ravel() / unit, -np.inf, allowed / unit)
-        found = milp(
-            errors.to_numpy().ravel() / size,
-            integrality=np.ones(rows * columns),
-            bounds=Bounds(0, 1),
-            constraints=[*limits, price],
-            options={"mip_rel_gap": gap},
-        )
+        with without_output():
+            found = milp(
+                errors.to_numpy().ravel() / size,
+                integrality=np.ones(rows * columns),
+                bounds=Bounds(0, 1),
+                constraints=[*limits, price],
+                # What is found in the presolved problem may be a little out of bounds in this one.
+                options={"mip_rel_gap": gap, "presolve": False},
+            )
         if found.x is None:
             raise ImpossibleBudget(f"no such choice costs {budget:,.0f} or less: {found.message}")
         bound = min(bound, found.mip_dual_bound * size)  # that of the whole budget is the first
