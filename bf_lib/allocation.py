@@ -38,8 +38,8 @@ from scipy.sparse import csr_array, eye_array, kron
 
 from bf_lib.grids import bits_of_levels
 from bf_lib.layers import Layer
+from bf_lib.output import without_output
 from bf_lib.packing import packed_bytes
-from bf_lib.processes import without_output
 
 BONUS_QUANTILES = (0.90, 0.95, 0.98)  # Alg. 1: a bit more above each of these
 ROOM = 1e-9  # of the budget: how far HiGHS may step over it, as it is scaled here

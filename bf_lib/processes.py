@@ -1,12 +1,8 @@
 """What each process of a run sets up: reproducible arithmetic, and an end with its parent."""
 
-__all__ = ["end_with_parent", "make_deterministic", "without_output"]
+__all__ = ["end_with_parent", "make_deterministic"]
 
-import ctypes
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from threading import Thread
@@ -27,31 +23,6 @@ def make_deterministic(threads: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(threads)
-
-
-@contextmanager
-def without_output() -> Iterator[None]:
-    """Drops what compiled code prints, such as HiGHS's lines for debugging, which no option stops.
-
-    Its output is that of the process and not Python's `sys.stdout`, and may wait in a buffer of
-    its own, which is emptied before and after.
-    """
-    sys.stdout.flush()
-    _flush_compiled()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        _flush_compiled()
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _flush_compiled() -> None:
-    with suppress(TypeError):  # of Windows, where a process has no such name
-        ctypes.CDLL(None).fflush(None)
 
 
 def end_with_parent() -> None:

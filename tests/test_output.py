@@ -1,8 +1,8 @@
-"""What a process sets up: here, that what compiled code prints can be dropped."""
+"""What compiled code prints can be dropped, and nothing else."""
 
 import ctypes
 
-from bf_lib.processes import without_output
+from bf_lib.output import without_output
 
 
 def test_what_compiled_code_prints_is_dropped_and_nothing_else(capfd):
