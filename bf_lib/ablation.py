@@ -132,7 +132,7 @@ def study_ablation(name: str) -> Ablation:
 
 
 def ship(ablation: Ablation, shipped: Mapping[str, str], folder: Path) -> None:
-    """Copies packed students of the first seed, of rows that were finished on this machine.
+    """Copies packed students of the first seed; says which were not made on this machine.
 
     Arguments:
         ablation: Whose rows.
@@ -144,6 +144,8 @@ def ship(ablation: Ablation, shipped: Mapping[str, str], folder: Path) -> None:
         packed = ablation.packed(rows[row], 0)
         if state_of(ablation, rows[row], 0) == "done" and packed.exists():
             shutil.copytree(packed, folder / name, dirs_exist_ok=True)
+        else:
+            print(f"{folder / name} stays as it is: {row}, seed 0, was not taught here")
 
 
 def main() -> int:

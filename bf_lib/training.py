@@ -191,8 +191,7 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     made |= {"names": names, "identity": getattr(task, "identity", None)}
     made = json.loads(json.dumps(made))  # tuples become lists
     ema = [p.detach().clone() for p in params]
-    # Of deep layers most gradients are below its epsilon of 1e-8, so they move less than their
-    # rate. With 1e-15 students are neither better nor worse.
+    # Gradients of deep layers can be below its epsilon of 1e-8: these move less than their rate.
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for n, p in trained if plan.factor(n) == factor], "factor": factor}
