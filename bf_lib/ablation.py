@@ -3,7 +3,7 @@
     python -m bf_lib.ablation --rows result   # goes on with what is left of it
     python -m bf_lib.ablation --list          # says what is done and what is left of "mini"
 
-Rows are files, see `bf_lib.taught_rows`.
+Rows are files, see `bf_lib.taught_rows`; `bf_lib.row_teaching` makes them.
 """
 
 __all__ = ["SETTINGS", "SHIPPED", "ship", "study_ablation", "study_recipes"]
@@ -38,6 +38,7 @@ from bf_lib.progress import duration
 from bf_lib.protocol import study_setting
 from bf_lib.recipe import Recipe
 from bf_lib.recipe_study import Choices, by_optimum, by_rule, error_table
+from bf_lib.row_teaching import teach_rows
 from bf_lib.sampling import Sampler
 from bf_lib.sizes import size_report
 from bf_lib.study import Study
@@ -163,7 +164,7 @@ def main() -> int:
     left = [task for task in ablation.tasks() if state_of(ablation, *task) != "done"]
     efforts = [effort_of(ablation, *task) for task in left]
     minutes, done, rest = 0.0, 0.0, sum(efforts)
-    for count, (row, seed, took) in enumerate(ablation.run(given.workers), 1):
+    for count, (row, seed, took) in enumerate(teach_rows(ablation, given.workers), 1):
         effort = effort_of(ablation, row, seed)
         minutes, done, rest = minutes + took, done + effort, rest - effort
         seconds = 60 * rest * minutes / done / given.workers

@@ -25,10 +25,11 @@ from bf_lib.models import load_pipeline
 from bf_lib.packed_unets import load_packed, pack_student
 from bf_lib.paths import ROOT
 from bf_lib.recipe import Recipe
+from bf_lib.row_teaching import RowsFailed, reference_images, teach_rows
 from bf_lib.sampling import generate
 from bf_lib.student import quantize
 from bf_lib.study import Study
-from bf_lib.taught_rows import Ablation, RowsFailed, effort_of, exam_of, record_of, state_of
+from bf_lib.taught_rows import Ablation, effort_of, exam_of, record_of, state_of
 from bf_lib.times import uniform
 
 
@@ -59,7 +60,7 @@ def run(tmp_path_factory, nine):
     assert set(made.table().state) == {"left"}
     kept = {}
     with pytest.raises(RowsFailed, match=r"wild, seed 0: .*(NaN|finite)"):
-        for done, _, _ in replace(made, rows=(*rows, wild)).run(workers=2):
+        for done, _, _ in teach_rows(replace(made, rows=(*rows, wild)), workers=2):
             kept[done.name] = {path.name for path in made.work.glob("stage*") if path.is_dir()}
     assert state_of(made, wild, 0) == "left"  # which stopped no other
     return made, kept
@@ -74,7 +75,7 @@ def small(run):
 def test_the_images_of_full_precision_are_drawn_once_for_all(run):
     made, _ = run
     (file,) = made.work.glob("reference-*")
-    assert made.reference() == file
+    assert reference_images(made) == file
     sweep = exam_of(made.setting).sweep
     drawn = generate(load_pipeline("mini"), sweep.prompts, sweep.seeds, sweep.sampler)
     kept = load_file(file)["images"]
@@ -91,7 +92,7 @@ def test_finished_rows_are_files_and_are_not_repeated(small):
         "paper--stage-i--0.json",
         "paper--stage-ii--0.json",
     ]
-    assert list(small.run()) == []
+    assert list(teach_rows(small)) == []
     assert files == {file.name: file.stat().st_mtime_ns for file in small.folder.iterdir()}
 
 
@@ -119,7 +120,7 @@ def test_students_are_kept_packed_and_shipped(small, tmp_path):
         assert stored == round(record_of(small, rows[name], 0)["coded_mb"] * 1e6)
     sweep = exam_of(small.setting).sweep
     asked = sweep.prompts, sweep.seeds, sweep.sampler
-    pipe, full = load_pipeline("mini"), load_file(small.reference())["images"].float()
+    pipe, full = load_pipeline("mini"), load_file(reference_images(small))["images"].float()
     pipe.unet = load_packed(tmp_path / "two", "dense")
     mse = (generate(pipe, *asked).float() - full).square().flatten(1).mean(1)
     found = record_of(small, rows["+ Stage II"], 0)["found"]["mse"]
