@@ -41,7 +41,7 @@ class Finished:
     stored_bits: float
     stored_mb: float
     coded_bits: float  # of the entropy-coded file, if there is one; a mean over trainings
-    held_out: float  # error of the noise (Eq. 6) on scenes that are held out; likewise, if known
+    held_out: float  # error of the noise (Eq. 6) on held-out scenes; of those that have it
     trained: bool  # or the same for each seed
     scores: Mapping[str, np.ndarray]  # name -> (seeds, prompts)
     trainings: tuple[int, ...]  # which seeds these are
@@ -80,7 +80,8 @@ def finished(ablation: Ablation) -> dict[str, Finished]:
         if records:
             sizes = {name: records[0][name] for name in ("paper_bits", "stored_bits", "stored_mb")}
             sizes["coded_bits"] = float(np.mean([r["coded_bits"] or np.nan for r in records]))
-            sizes["held_out"] = float(np.mean([r.get("held_out", np.nan) for r in records]))
+            held_out = [r["held_out"] for r in records if "held_out" in r]  # older ones lack it
+            sizes["held_out"] = float(np.mean(held_out)) if held_out else math.nan
             scores = {s: np.array([r["found"][s] for r in records], float) for s in SCORES}
             trained = not is_certain(row.form, row.stages)
             first = ablation.stage_folder(row, 0, 0).name if row.stages else ""
