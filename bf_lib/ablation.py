@@ -19,18 +19,11 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 
 from bf_lib import recipe_study
+from bf_lib.ablation_rows import ETAS, FRONTIER, RULED, ablation_rows, frontier_name, result_rows
 from bf_lib.allocation import extended
 from bf_lib.artifacts import load_json, load_table
 from bf_lib.atomic import write_atomically
-from bf_lib.curriculum import (
-    ETAS,
-    FRONTIER,
-    RULED,
-    Setting,
-    ablation_rows,
-    frontier_name,
-    result_rows,
-)
+from bf_lib.curriculum import Setting
 from bf_lib.layers import list_layers
 from bf_lib.models import fingerprint, load_pipeline
 from bf_lib.paths import ROOT, runs_folder

@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from toys import toy_pipeline
 
-from bf_lib.curriculum import ETAS, FRONTIER, frontier_name
+from bf_lib.ablation_rows import ETAS, FRONTIER, frontier_name
 from bf_lib.examples import Examples
 from bf_lib.layers import list_layers
 from bf_lib.student import quantize

@@ -11,14 +11,9 @@ from lessons import RECIPES
 from safetensors.torch import load_file
 
 from bf_lib.ablation import SETTINGS, ship
+from bf_lib.ablation_rows import ONE_SEED, ablation_rows, result_rows
 from bf_lib.ablation_study import finished, row_table
-from bf_lib.curriculum import (
-    ONE_SEED,
-    Row,
-    Stage,
-    ablation_rows,
-    result_rows,
-)
+from bf_lib.curriculum import Row, Stage
 from bf_lib.forms import Form, as_stored
 from bf_lib.layers import list_layers
 from bf_lib.models import load_pipeline
@@ -233,6 +228,9 @@ def test_the_result_has_two_students_and_what_they_are_measured_by():
     assert steps["1.99 paper bits"] == [study.first_steps, study.second_steps]
     assert steps["smallest"] == [4 * study.first_steps, study.second_steps]
     assert rows["smallest, Stage I"].stages == rows["smallest, Stage II"].stages[:1]
+    rated = rows["smallest, with a rate term"]
+    assert rated.stages[:1] == rows["smallest, Stage I"].stages and rated.stages[1].rate_weight > 0
+    assert rated.stages[1].plan(rated.setting(SETTINGS["result"]), 0, 1).steps == study.first_steps
     assert SETTINGS["result"].asked[0] >= 512
     assert SETTINGS["result"].asked[1] != SETTINGS["mini"].asked[1]
 

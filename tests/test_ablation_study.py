@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from lessons import RECIPES
 
+from bf_lib.ablation_rows import ablation_rows
 from bf_lib.ablation_study import SCORES, Finished, Spread, difference, difference_table
 from bf_lib.claims import make_claim
-from bf_lib.curriculum import ablation_rows
 from bf_lib.paper_claims import (
     ALONE,
     CLAIMS,
