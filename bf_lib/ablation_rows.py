@@ -156,17 +156,17 @@ def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     to learn, and its first stage is four times as long, at a third of the rate: as long as rates
     do not fall, the loss stays at a level that is lower for the lower one. That it becomes smaller
     still, the length of its codes is part of the loss of another 1,000 steps, with a weight of
-    .001; of heavier ones there is one training each.
+    .001; of other weights there is one training each.
 
     Arguments:
         recipes: As of `ablation_rows`.
     """
     longer, slower = replace(FIRST, share=4.0), (("lr", 1e-4),)
-    rated = {w: (longer, replace(FIRST, rate_weight=w)) for w in (0.001, 0.003, 0.01)}
-    heavier = {f"with a rate term of {w:g}": stages for w, stages in rated.items() if w > 0.001}
+    rated = {w: (longer, replace(FIRST, rate_weight=w)) for w in (0.0003, 0.001, 0.003)}
+    others = {f"with a rate term of {w:g}": stages for w, stages in rated.items() if w != 0.001}
     students = {"not trained": (), "Stage I": (FIRST,), "Stage II": (FIRST, SECOND)}
     smallest = {"not trained": (), "Stage I": (longer,), "Stage II": (longer, SECOND)}
-    smallest |= {"with a rate term": rated[0.001], **heavier}
+    smallest |= {"with a rate term": rated[0.001], **others}
     sizes = {
         "1.99 paper bits": (recipes["optimum"], students),
         "smallest": (recipes[frontier_name(FRONTIER[0])], smallest),
@@ -177,7 +177,7 @@ def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
         for name, stages in taught.items():
             row = _row(f"{size}, {name}", "result", form, stages)
             row = replace(row, changed=slower if longer in stages else ())
-            rows.append(replace(row, seeds=(0,)) if name in heavier else row)
+            rows.append(replace(row, seeds=(0,)) if name in others else row)
     return rows
 
 
