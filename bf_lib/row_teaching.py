@@ -5,14 +5,7 @@ share a row. A row that was killed goes on from its last checkpoint, and rows wh
 are the same share them.
 """
 
-__all__ = [
-    "RowsFailed",
-    "coded_bytes",
-    "held_out_error",
-    "reference_images",
-    "taught",
-    "teach_rows",
-]
+__all__ = ["RowsFailed", "reference_images", "teach_rows"]
 
 import json
 import os
