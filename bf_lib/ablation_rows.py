@@ -156,8 +156,7 @@ def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     to learn, and its first stage is four times as long, at a third of the rate: as long as rates
     do not fall, the loss stays at a level that is lower for the lower one. That it becomes smaller
     still, the length of its codes is part of the loss of another 1,000 steps, with a weight of
-    .001; of other weights, which were added when its first scores were known, there is one training
-    each.
+    .001. Other weights, of one training each, were added when its first scores were known.
 
     Arguments:
         recipes: As of `ablation_rows`.
