@@ -42,6 +42,7 @@ class Setting:
     squared: bool = field(default=True, metadata=LATER)  # errors, or their roots
     warmup: int = field(default=50, metadata=LATER)  # steps
     decay: float = field(default=0.5, metadata=LATER)  # share of steps, in which the rate falls
+    save_every: int = field(default=100, metadata=LATER)  # steps
     asked: tuple[int, int] = (128, 200)  # challenges of each task, and their seed
     sampler: Sampler = Sampler(steps=8, guidance=4.0, batch=16)
 
@@ -78,7 +79,7 @@ class Stage:
                 (".down", setting.low_rank_rate),
                 (".up", setting.low_rank_rate),
             ),
-            save_every=100,
+            save_every=setting.save_every,
             # Each stage draws other numbers, and Stage II the same whatever came before it.
             seed=STAGES * seed + max(number, int(self.fine_tuning)),
         )

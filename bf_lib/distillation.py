@@ -30,6 +30,7 @@ def noise_loss(predicted: Tensor, wanted: Tensor, squared: bool = True) -> Tenso
         wanted: The same of the teacher, or what was added.
         squared: Or else the root of each sample's mean square, averaged over samples.
     """
+    predicted, wanted = predicted.float(), wanted.float()  # where forward passes are in bfloat16
     if squared:
         return F.mse_loss(predicted, wanted)
     means = (predicted - wanted).square().flatten(1).mean(dim=1)

@@ -56,19 +56,23 @@ class Examples:
         return latents, [t[int(w * len(t))] for t, w in zip(texts, which.tolist(), strict=True)]
 
     def save(self, path: Path) -> None:
-        """Writes them to a safetensors file, completely or not at all."""
-        said = {"captions": json.dumps(self.captions), "scale": repr(self.scale)}
+        """Writes them to a safetensors file, completely or not at all.
+
+        Captions are bytes of JSON in a tensor: in the header they could have 100 MB at most.
+        """
+        captions = np.frombuffer(json.dumps(self.captions).encode(), np.uint8)
+        tensors = {"moments": self.moments.contiguous(), "captions": torch.tensor(captions)}
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as new:
-            save_file({"moments": self.moments.contiguous()}, new, said)
+            save_file(tensors, new, {"scale": repr(self.scale)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Reads what `save` wrote."""
         with safe_open(path, "pt") as file:
-            said = file.metadata()
-            captions = tuple(map(tuple, json.loads(said["captions"])))
-            return cls(file.get_tensor("moments"), captions, float(said["scale"]))
+            written = json.loads(file.get_tensor("captions").numpy().tobytes())
+            captions, scale = tuple(map(tuple, written)), float(file.metadata()["scale"])
+            return cls(file.get_tensor("moments"), captions, scale)
 
 
 def scene_examples(

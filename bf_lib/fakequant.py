@@ -83,7 +83,10 @@ class FakeQuantized(nn.Module):
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounds with the gradients above; keeps nothing large that its caller does not keep."""
+    """Rounds with the gradients above; keeps nothing large that its caller does not keep.
+
+    Unless the forward pass is in bfloat16: its caller then keeps copies in that.
+    """
 
     @staticmethod
     def forward(

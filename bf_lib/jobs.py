@@ -12,12 +12,10 @@ __all__ = ["Bench", "Job", "Task", "TaskFailed", "run_job"]
 import hashlib
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields
-from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +26,7 @@ from torch import nn
 
 from bf_lib.atomic import append_line, write_atomically
 from bf_lib.models import fingerprint
-from bf_lib.processes import end_with_parent, make_deterministic
+from bf_lib.processes import end_with_parent, make_deterministic, starter
 from bf_lib.provenance import imported_files, library_digest, versions
 
 Submit = Callable[["Task"], Future]  # gives a task to some process
@@ -190,9 +188,7 @@ def _score(task: Task) -> dict:
 @contextmanager
 def _processes(job: Job, devices: Sequence[str]) -> Iterator[Submit]:
     """Starts a process for each of the devices."""
-    # On Linux, processes are forked from one that has only imported what takes seconds.
-    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload([__name__, type(job).__module__])
+    context = starter(__name__, type(job).__module__)
     queue = context.Queue()
     for device in devices:
         queue.put(device)

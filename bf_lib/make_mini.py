@@ -56,7 +56,7 @@ def main(folder: Path, target: Path) -> None:
     parts = trainings(folder)
     training_images(folder)  # once, before each process of a training asks for them
     for name, (task, plan) in parts.items():
-        fit(task, plan, folder / name)
+        fit(task, plan, folder / name, processes=2, cpu=True)
         if name == "vae":
             training_latents(folder)  # likewise
     train_mini.export(folder, target)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from bf_lib.layers import Layer, all_layers
 from bf_lib.peers import Peer, installed
-from bf_lib.processes import end_with_parent
+from bf_lib.processes import end_with_parent, starter
 from bf_lib.timing import loaded, medians_in_turns, unet_inputs
 
 COLUMNS = [
@@ -186,9 +185,7 @@ def _share(kinds: dict[Layer, str | None]) -> str:
 
 def _apart(function: Callable[..., dict], *arguments: object, timeout: float) -> dict:
     """Calls a function in a process of its own; returns its answer, or its error in one line."""
-    context = get_context("forkserver")
-    # What takes seconds to import is imported once, and not by each of twenty processes.
-    context.set_forkserver_preload([__name__])
+    context = starter(__name__)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
     with _silenced():  # also what starts processes, in which packages complain on import

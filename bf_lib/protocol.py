@@ -175,7 +175,10 @@ def study_estimate(
 
 
 def study_exam(study: Study, students: Sequence[Student], seed: int) -> Exam:
-    """Returns the exam of students beside full precision, by prompts that chose nothing.
+    """Returns the exam of students beside full precision.
+
+    For `mini` by challenges that chose nothing. SD-v1.5 has the PartiPrompts of the sweep again,
+    with other seeds.
 
     Arguments:
         study: The study, which says how many challenges.
@@ -247,4 +250,5 @@ def study_setting(study: Study) -> Setting:
         lr=study.first_lr,
         fine_tuning_lr=study.second_lr,
         decay=study.decay,
+        save_every=study.student_save_every,
     )

@@ -10,12 +10,10 @@ __all__ = ["RowsFailed", "reference_images", "teach_rows"]
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -31,7 +29,7 @@ from bf_lib.exams import Bench, Student
 from bf_lib.forms import as_stored
 from bf_lib.models import fingerprint, load_pipeline
 from bf_lib.packed_unets import pack_student, save_packed
-from bf_lib.processes import end_with_parent, make_deterministic
+from bf_lib.processes import end_with_parent, make_deterministic, starter
 from bf_lib.provenance import code_version, versions
 from bf_lib.reconstruction import Reconstruction
 from bf_lib.sampling import generate_in_processes
@@ -68,9 +66,7 @@ def teach_rows(ablation: Ablation, workers: int = 2) -> Iterator[tuple[Row, int,
     examples_of(ablation, workers)
     held_out_of(ablation, workers)
     reference_images(ablation, workers)
-    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload([__name__])
-    pool, failed = ProcessPoolExecutor(workers, context, _start, (ablation,)), []
+    pool, failed = ProcessPoolExecutor(workers, starter(__name__), _start, (ablation,)), []
     try:
         futures = {pool.submit(_make, row, seed): (row, seed) for row, seed in left}
         for future in as_completed(futures):
@@ -215,9 +211,10 @@ def held_out_error(ablation: Ablation, student: UNet2DConditionModel) -> float:
     lesson = Stage(density=tuple(uniform().tolist())).lesson(
         ablation.setting, held_out_of(ablation)
     )
-    teaching = Teaching(lambda _: student, lesson)
+    teaching = Teaching(lambda teacher: student.to(teacher.device), lesson)
     count = min(HELD_OUT, ablation.setting.scenes)
     errors = example_losses(teaching, student, count, teacher=teaching.teacher)
+    student.cpu()  # where it is examined
     return float(f"{sum(errors) / len(errors):.{DIGITS}g}")
 
 

@@ -1,7 +1,10 @@
 """The study's sizes, by preset: the same code runs at each, only these numbers change.
 
 `smoke` and `mini` run the embedded model in `data/mini` on a laptop's CPU, offline; `sd15` is the
-paper's own scale (App. B: SD-v1.5, 256 layers at 1, 2 and 3 bits, 100 prompts).
+paper's own scale (App. B: SD-v1.5, 256 layers at 1, 2 and 3 bits, 100 prompts). Its trainings
+have the paper's steps, rates and density of time-steps, but Stage II has batches of 256 instead
+of 1024, and what the paper does not say is as on `mini`: the rates of scales, the average of
+weights, clipping, how features are weighted (see `bf_lib.curriculum`).
 """
 
 __all__ = ["PRESETS", "Study"]
@@ -14,7 +17,8 @@ COUNTS = (
     *("prompts", "steps", "batch", "threads"),
     *("repeats", "repeat_layers", "trained_layers", "trained_steps", "estimate_batch"),
     *("challenges", "random_recipes", "recipe_sizes", "timed_threads", "peers"),
-    *("examples", "student_batch", "student_parts", "first_steps", "second_steps", "examined"),
+    *("examples", "student_batch", "student_parts", "student_save_every"),
+    *("first_steps", "second_steps", "examined"),
 )
 
 
@@ -49,6 +53,7 @@ class Study:
     student_batch: int = 16
     student_parts: int = 1  # of a batch, one after the other, which takes less memory
     student_precision: str = "no"  # of forward passes in training: that of weights, or "bf16"
+    student_save_every: int = 100  # steps between checkpoints
     first_lr: float = 1e-5  # of Stage I, at most; the paper's
     first_steps: int = 20_000  # of Stage I; the paper's
     second_steps: int = 50_000  # of Stage II; the paper's
@@ -137,5 +142,6 @@ PRESETS: dict[str, dict[str, object]] = {
         "student_batch": 256,  # the paper's, of Stage I; its Stage II has 1024
         "student_parts": 64,
         "student_precision": "bf16",
+        "student_save_every": 1000,  # a checkpoint has 13 GB
     },
 }

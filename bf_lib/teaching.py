@@ -19,15 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from bf_lib.coded_rate import coded_bits
 from bf_lib.distillation import BlockFeatures, feature_loss, noise_loss
 from bf_lib.examples import Examples
-from bf_lib.models import load_pipeline
+from bf_lib.models import fingerprint, load_pipeline
 from bf_lib.noising import Batch, noised, predicted
+from bf_lib.processes import own_device
 from bf_lib.times import draw_times
 from bf_lib.training_data import digest
 from bf_lib.training_state import load_ema
@@ -84,20 +84,21 @@ class Teaching:
         lesson: Lesson,
         start: Path | None = None,
     ) -> None:
-        self.device = PartialState().device
+        self.device = own_device()
         self.lesson = lesson
         self.pipe = load_pipeline(lesson.model, device=self.device)
         self._check_schedule(self.pipe.scheduler.config)
         self.teacher = self.pipe.unet.requires_grad_(False)
         self.model = student(self.teacher)
-        if start is not None:
-            load_ema(self.model, start)
         said = asdict(lesson) | {"model": str(lesson.model), "examples": lesson.examples.name}
         recipe = getattr(self.model, "recipe", None)
         levels = recipe and sorted(recipe.levels.items())
         # Digests of what is long.
         self.identity = {name: digest(str(value).encode()) for name, value in said.items()}
         self.identity["levels"] = digest(str(levels).encode())
+        if start is not None:
+            load_ema(self.model, start)
+            self.identity["start"] = fingerprint([self.model])
         self.examples = Examples.load(lesson.examples)
         self.density = torch.tensor(lesson.density, dtype=torch.float64)
         self.alphas = self.pipe.scheduler.alphas_cumprod.to(self.device)

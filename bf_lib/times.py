@@ -53,8 +53,8 @@ def fitted(times: Sequence[int], errors: Sequence[float], steps: int = STEPS) ->
 def draw_times(density: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draws time-steps, one from each of `count` stretches of equal probability.
 
-    Each has the density of independent ones, but a batch is spread evenly over it, which makes
-    the mean of its losses less noisy.
+    Each has the density of independent ones, but those of one draw are spread evenly over it,
+    which makes the mean of their losses less noisy.
 
     Returns:
         Time-steps with shape (count,), int64, rising.

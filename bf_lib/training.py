@@ -2,13 +2,13 @@
 
 Every random choice is drawn from a generator that is seeded by a digest of (seed, process, step):
 of a longer seed, torch's on the CPU would look at 32 bits alone. So a run that was killed and
-resumed from its last checkpoint ends with the same weights as one that was not. On CPU two
-single-thread processes do about 1.3 times the work of one with two threads; each draws its own
-part of the batch, so their number is part of what a training is.
+resumed on the same machines from its last checkpoint ends with the same weights as one that was
+not. On CPU two single-thread processes do about 1.3 times the work of one with two threads; each
+draws its own part of the batch, so their number is part of what a training is.
 
 Processes, devices and precision are those of `accelerate`: `fit` starts processes on this machine,
 one for each GPU where there are any, and `train` is one of them, also of a script under
-`accelerate launch` on several machines.
+`accelerate launch` on several machines (not tried on more than this one).
 """
 
 __all__ = ["Plan", "Task", "TrainingFailed", "fit", "train"]
@@ -16,8 +16,8 @@ __all__ = ["Plan", "Task", "TrainingFailed", "fit", "train"]
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bf_lib.processes import end_with_parent
+from bf_lib.processes import end_with_parent, make_deterministic, own_device, starter
 from bf_lib.progress import progress
 from bf_lib.training_log import LOGGED, TrainingLog
 from bf_lib.training_state import TrainingState
@@ -96,6 +96,14 @@ class Plan:
             )
         return parts, size
 
+    def largest(self, processes: int) -> int:
+        """Returns how many of so many processes can share a batch; 1 if no number of them can."""
+        for count in range(processes, 1, -1):
+            with suppress(ValueError):
+                self.shares(count)
+                return count
+        return 1
+
 
 class TrainingFailed(FloatingPointError):
     """A loss or a gradient is not finite; says at which step, and in which layer first."""
@@ -121,6 +129,7 @@ def fit(
     folder: Path,
     processes: int | None = None,
     threads: int = 1,
+    cpu: bool = False,
 ) -> None:
     """Trains in processes, from the last checkpoint in `folder` where there is one.
 
@@ -133,21 +142,21 @@ def fit(
         plan: The length and rates of the training.
         folder: Where `checkpoint.safetensors` and `log.csv` are kept.
         processes: How many processes share each batch; `plan.batch` must be a multiple. By
-            default one for each CUDA device, or two on the CPU.
+            default one for each CUDA device as far as these can share it, or two on the CPU.
         threads: Threads of each process.
+        cpu: Whether CUDA devices are left alone, for tasks whose tensors are on the CPU.
 
     Raises:
         ProcessRaisedException: With the error of the process that failed first.
     """
-    processes = processes or torch.cuda.device_count() or 2
+    gpus = 0 if cpu else torch.cuda.device_count()
+    processes = processes or (plan.largest(gpus) if gpus else 2)
     plan.shares(processes)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # On Linux, processes are forked from one that has only imported what takes seconds.
-    method = "forkserver" if sys.platform == "linux" else "spawn"
-    mp.get_context(method).set_forkserver_preload([__name__])
-    arguments = (processes, port, threads, make, plan, folder)
+    method = starter(__name__).get_start_method()
+    arguments = (processes, port, threads, gpus == 0, make, plan, folder)
     mp.start_processes(_started, arguments, nprocs=processes, start_method=method)
 
 
@@ -156,15 +165,16 @@ def _started(
     world: int,
     port: int,
     threads: int,
+    cpu: bool,
     make: Callable[[], Task],
     plan: Plan,
     folder: Path,
 ) -> None:
     end_with_parent()
-    torch.set_num_threads(threads)
+    make_deterministic(threads)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads}
-    place["ACCELERATE_USE_CPU"] = not torch.cuda.is_available()
+    place["ACCELERATE_USE_CPU"] = cpu
     os.environ |= {name: str(value) for name, value in place.items()}
     train(make, plan, folder)
 
@@ -173,18 +183,19 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     """Trains in this process, one of those that `accelerate` knows of, or the only one.
 
     Arguments:
-        make, plan, folder: As in `fit`.
+        make, plan, folder: As in `fit`; a folder that the processes of all machines see.
 
     Raises:
         TrainingFailed: If a loss or gradient is not finite; the last checkpoint stays.
     """
+    device = own_device()
     accelerator = Accelerator(mixed_precision=plan.precision)
     world, rank = accelerator.num_processes, accelerator.process_index
     parts_each, size = plan.shares(world)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)  # the same initial weights in each process
     task = make()
-    task.model.to(accelerator.device).train()
+    task.model.to(device).train()
     trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
     names, params = zip(*trained, strict=True)
     made = {"plan": asdict(plan), "processes": world, "untrained": _losses(task, plan.seed)}

@@ -51,15 +51,16 @@ class TrainingState:
     def restore(self, reduce: Callable[[Tensor, str], Tensor]) -> int:
         """Loads the checkpoint; returns the next step, 0 where there is none of this training.
 
+        Each process reads it, so those of all machines must see one folder.
+
         Arguments:
             reduce: Takes a tensor of each process, and "mean"; see `accelerate`.
         """
         path = self.folder / CHECKPOINT
-        if not path.exists():
-            return 0
-        tensors, saved = _read(path)
+        tensors, saved = _read(path) if path.exists() else ({}, {"step": 0})
         step = saved.pop("step")
         # All go on or none: of losses that differ in a last digit, each could judge differently.
+        # And all ask, also one that has no checkpoint, for which the others would wait.
         same = torch.tensor([float(_same(saved, self.made))], device=self.params[0].device)
         if float(reduce(same, "mean")) < 1:
             return 0
@@ -101,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 def _same(saved: dict, made: dict) -> bool:
     """Whether two trainings are one: another processor may change the last digits of a loss."""
-    known, losses = saved.pop("untrained"), made["untrained"]
+    known, losses = saved.pop("untrained", {}), made["untrained"]
     rest = {name: value for name, value in made.items() if name != "untrained"}
     return (
         saved == rest

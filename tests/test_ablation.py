@@ -1,5 +1,6 @@
 """The ablation: files of finished rows, what is left, and rows of other settings."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -14,17 +15,28 @@ from bf_lib.ablation import SETTINGS, ship
 from bf_lib.ablation_rows import ONE_SEED, ablation_rows, result_rows
 from bf_lib.ablation_study import finished, row_table
 from bf_lib.curriculum import Row, Stage
+from bf_lib.examples import Examples
 from bf_lib.forms import Form, as_stored
 from bf_lib.layers import list_layers
 from bf_lib.models import load_pipeline
+from bf_lib.noising import predicted
 from bf_lib.packed_unets import load_packed, pack_student
 from bf_lib.paths import ROOT
 from bf_lib.recipe import Recipe
-from bf_lib.row_teaching import RowsFailed, reference_images, teach_rows
+from bf_lib.row_teaching import (
+    HELD_OUT,
+    RowsFailed,
+    examples_of,
+    held_out_error,
+    held_out_of,
+    reference_images,
+    teach_rows,
+)
 from bf_lib.sampling import generate
 from bf_lib.student import quantize
 from bf_lib.study import Study
 from bf_lib.taught_rows import Ablation, effort_of, exam_of, record_of, state_of
+from bf_lib.teaching import Teaching
 from bf_lib.times import uniform
 
 
@@ -142,6 +154,20 @@ def test_checkpoints_are_kept_as_long_as_rows_need_them(run):
     assert list(kept)[-1] == "+ Stage II"  # rows of one stage come first
     assert first in kept["Stage I"] and first not in kept["+ Stage II"]
     assert second not in kept["+ Stage II"]
+
+
+def test_errors_on_held_out_scenes_are_those_of_noise_beside_the_teachers(small, unet, nine):
+    assert held_out_error(small, copy.deepcopy(unet)) == 0
+    student = nine(unet)
+    lesson = Stage(density=tuple(uniform().tolist())).lesson(small.setting, held_out_of(small))
+    teaching = Teaching(lambda teacher: teacher, lesson)
+    batch = teaching.draw(min(HELD_OUT, small.setting.scenes), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = (predicted(student, batch) - predicted(teaching.teacher, batch)).square().mean()
+    assert held_out_error(small, student) == pytest.approx(float(wanted), rel=1e-4)
+    learnt_from = Examples.load(examples_of(small)).moments
+    held_out = Examples.load(held_out_of(small)).moments
+    assert not any(torch.equal(a, b) for a in learnt_from for b in held_out)
 
 
 def test_training_changes_a_student(small):

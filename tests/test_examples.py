@@ -49,6 +49,14 @@ def test_files_keep_all(tmp_path):
     assert loaded.captions == some().captions and loaded.scale == 0.5
 
 
+def test_captions_are_not_in_the_header_whose_length_is_limited(tmp_path):
+    moments = torch.zeros(100, 2, 1, 1).half()
+    Examples(moments, (("é" * 1000,),) * 100, 1.0).save(tmp_path / "some.safetensors")
+    with (tmp_path / "some.safetensors").open("rb") as file:
+        assert int.from_bytes(file.read(8), "little") < 1000
+    assert Examples.load(tmp_path / "some.safetensors").captions == (("é" * 1000,),) * 100
+
+
 def test_scenes_are_encoded_once_with_their_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "SHARE", 2)
     found = Examples.load(scene_examples("mini", 3, tmp_path, first=10))

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from bf_lib import training
 from bf_lib.paths import ROOT
 from bf_lib.training import Plan, fit
-from bf_lib.training_state import load_ema
+from bf_lib.training_state import TrainingState, load_ema
 
 PLAN = Plan(steps=60, batch=8, lr=0.2, warmup=5, ema=0.9, weight_decay=0.0, save_every=20)
 
@@ -219,6 +220,39 @@ def test_seeds_processes_and_steps_draw_other_numbers(tmp_path):
 def test_processes_share_the_parts_of_a_batch():
     plan = replace(PLAN, batch=256, accumulate=64)
     assert [plan.shares(n) for n in (1, 8, 64, 256)] == [(64, 4), (8, 4), (1, 4), (1, 1)]
+
+
+def test_gpus_that_cannot_share_a_batch_are_left_out(monkeypatch, tmp_path):
+    plan = replace(PLAN, batch=256, accumulate=64)
+    assert [plan.largest(n) for n in (1, 3, 8, 12, 300)] == [1, 2, 8, 8, 256]
+    assert replace(PLAN, batch=2, accumulate=3).largest(1) == 1  # which `shares` refuses
+
+    started = []
+    monkeypatch.setattr(training.mp, "start_processes", lambda *a, **k: started.append((a[1], k)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fit(Line, replace(PLAN, batch=8), tmp_path)
+    fit(Line, replace(PLAN, batch=8), tmp_path, cpu=True)
+    (on_gpus, how), (on_cpus, _) = started
+    assert (on_gpus[0], on_cpus[0]) == (4, 2)
+    assert (on_gpus[3], on_cpus[3]) == (False, True)  # whether on the CPU
+    assert how["start_method"] == "spawn"
+
+
+def test_a_process_without_a_checkpoint_keeps_no_other_waiting(whole, tmp_path):
+    """All must take part in what decides whether to go on, of machines that share no folder."""
+    model = nn.Linear(1, 1)
+    names, params = zip(*model.named_parameters(), strict=True)
+    asked = []
+
+    def reduce(value: torch.Tensor, how: str) -> torch.Tensor:
+        asked.append((float(value), how))
+        return value
+
+    for folder in (tmp_path, whole):
+        state = TrainingState(folder, {"plan": {}, "untrained": {}}, names, params, [], None)
+        assert state.restore(reduce) == 0
+    assert asked == [(0.0, "mean")] * 2
 
 
 def test_a_script_can_be_launched(tmp_path):
