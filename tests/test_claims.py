@@ -126,6 +126,26 @@ def test_what_the_paper_says_nothing_of_is_not_reproduced_but_met(run):
     assert run.finish().status.tolist() == ["met", "missed", "differs"]
 
 
+@pytest.mark.parametrize(
+    ("interval", "bounds", "expected"),
+    [
+        ((0.4, 0.6), {"low": 0.3}, "reproduced"),
+        ((0.4, 0.6), {"low": 0.4, "high": 0.6}, "reproduced"),
+        ((0.4, 0.6), {"low": 0.45}, "inconclusive"),
+        ((0.4, 0.6), {"high": 0.45}, "inconclusive"),
+        ((0.4, 0.6), {"low": 0.3, "high": 0.55}, "inconclusive"),
+        ((0.4, 0.6), {"low": 0.45, "high": 0.55}, "inconclusive"),
+        ((0.4, 0.6), {"low": 0.7}, "differs"),
+        ((0.4, 0.6), {"low": 0.1, "high": 0.3}, "differs"),
+        ((math.nan, 0.6), {"low": 0.3}, "inconclusive"),
+    ],
+)
+def test_an_interval_must_be_on_one_side(run, interval, bounds, expected):
+    run.claim("share", 0.5, interval=interval, **bounds)
+    run.check("a check is of its value", 0.5, interval=interval, low=0.5, high=0.5)
+    assert run.finish().status.tolist() == [expected, "holds"]
+
+
 def test_only_checks_fail():
     settings = {"preset": "mini", "presets": ("mini",), "low": 1.0}
     claims = [make_claim(kind, 0.0, kind=kind, **settings) for kind in STATUSES]

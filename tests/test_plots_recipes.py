@@ -76,12 +76,15 @@ def test_two_recipes_are_compared(column):
 
 def test_blocks_add_up():
     parts = pd.DataFrame(
-        [("mid", "codes", 3e6), ("mid", "scales", 1e6), ("up0", "codes", 2e6)],
+        [
+            *(("mid", "codes", 3e6), ("mid", "scales", 1e6), ("up0", "codes", 2e6)),
+            *(("conv_out", "codes", 2e3), ("time_proj", "codes", 0)),
+        ],
         columns=["block", "kind", "stored_bytes"],
     )
     (axis,) = plots.block_sizes(parts).axes
-    assert [text.get_text() for text in axis.texts] == ["4.00", "2.00"]
-    assert sum(patch.get_width() for patch in axis.patches) == pytest.approx(6)
+    assert [text.get_text() for text in axis.texts] == ["4.00", "2.00", "2.0 kB"]
+    assert sum(patch.get_width() for patch in axis.patches) == pytest.approx(6.002)
 
 
 def test_time_layers_stand_beside_the_median_of_sets():

@@ -48,6 +48,17 @@ def test_differences_are_seen_beside_zero(rows):
     for axis in plots.differences(rows).axes:
         zero = next(line for line in axis.lines if line is not dots(axis))
         assert set(zero.get_xdata()) == {0}
+    left, right = plots.differences(rows, {"passed": 0.02}).axes
+    assert [line.get_xdata()[0] for line in left.lines if line.get_linestyle() == ":"] == [-0.02]
+    assert all(line.get_linestyle() != ":" for line in right.lines)
+
+
+def test_ten_groups_of_rows_can_be_told_apart(rows):
+    named = [rows[rows.name == "Stage I"].assign(row=f"row {n}", bits=2.0 + n) for n in range(10)]
+    groups = {f"group {n}": [f"row {n}"] for n in range(10)}
+    figure = plots.trained_frontier(pd.concat(named), groups)
+    looks = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in figure.axes[0].containers}
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 10
 
 
 def test_the_frontier_is_drawn_by_size_and_without_rows_that_are_not_there(rows):

@@ -185,6 +185,6 @@ def reliability_bars(rows: pd.DataFrame) -> Figure:
         axis.vlines(place, part.low, part.high, color="#222222", lw=1)
     axis.set_xticks(range(len(metrics)), [METRICS[m].split(" (")[0] for m in metrics])
     axis.axhline(0, color="#444444", lw=0.5)
-    axis.set(ylabel="reliability (ICC)", ylim=(min(-0.05, rows.low.min()), 1.05))
+    axis.set(ylabel="reliability (ICC)", ylim=(min(0.0, rows.low.min()) - 0.05, 1.05))
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure

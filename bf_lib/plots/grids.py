@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bf_lib.pictures import WIDTH
-from bf_lib.plots.families import mark_blocks
+from bf_lib.plots.families import mark_blocks, short
 
 SCALES = {  # way to choose the scale -> its label, colour and marker
     "plain minmax": ("plain $2^b$ levels, min-max", "#999999", "x"),
@@ -47,7 +47,7 @@ def weight_histograms(weights: pd.DataFrame, scales: pd.DataFrame) -> Figure:
             axis.plot(levels, height, **style)
         axis.axhline(0, color="#444444", lw=0.6)
         axis.set_ylim(-top * 0.34, top * 1.02)
-        axis.set_title(_broken(channel), fontsize=6)
+        axis.set_title(_broken(short(channel)), fontsize=6)
         axis.set(yticks=[], xlabel="weight")
         axis.tick_params(axis="x", labelsize=6)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

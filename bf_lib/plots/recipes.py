@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bf_lib.pictures import WIDTH
-from bf_lib.plots.families import FAMILIES, family_of
+from bf_lib.plots.families import FAMILIES, family_legend, family_of
 from bf_lib.plots.sensitivity import METRICS
 
 # method -> its colour and marker, the same in every figure
@@ -143,6 +143,10 @@ def roles_compared(rows: pd.DataFrame, column: str) -> Figure:
     axis.grid(axis="x")
     axis.set_xlabel("mean b over the layers (2^b + 1 levels)")
     figure.legend(loc="outside upper center", ncols=2)
+    if column == "role":
+        found = {family_of(role) for role in rows.index}
+        shown = [family for family in FAMILIES if family in found]
+        family_legend(figure, shown, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -155,13 +159,14 @@ def block_sizes(parts: pd.DataFrame) -> Figure:
     sums = parts.pivot_table(
         index="block", columns="kind", values="stored_bytes", aggfunc="sum", sort=False
     ).fillna(0)
-    sums = sums[sums.sum().sort_values(ascending=False).index] / 1e6
+    sums = sums.loc[sums.any(axis=1), sums.sum().sort_values(ascending=False).index] / 1e6
     figure, axis = plt.subplots(figsize=(WIDTH, 0.25 * len(sums) + 1.1))
     left = np.zeros(len(sums))
     for kind in sums:
         axis.barh(sums.index, sums[kind], left=left, label=kind)
         left += sums[kind].to_numpy()
-    axis.bar_label(axis.containers[-1], [f"{value:.2f}" for value in left], fontsize=7, padding=2)
+    labels = [f"{mb:.2f}" if mb > 0.1 else f"{1e3 * mb:.1f} kB" for mb in left]
+    axis.bar_label(axis.containers[-1], labels, fontsize=7, padding=2)
     axis.invert_yaxis()
     axis.grid(axis="x")
     axis.set_xlabel("stored MB")

@@ -41,17 +41,20 @@ def scores(rows: pd.DataFrame, reference: str = "full precision") -> Figure:
     return figure
 
 
-def differences(rows: pd.DataFrame) -> Figure:
+def differences(rows: pd.DataFrame, margins: Mapping[str, float] | None = None) -> Figure:
     """Differences of pairs with their intervals, and zero as a vertical line.
 
     Arguments:
         rows: Columns name, score, value, low and high.
+        margins: By score, how far below zero a dotted line is.
     """
     names, kinds = list(rows.name.unique()), list(rows.score.unique())
     figure, axes = _lines(len(names), kinds)
     for axis, kind in zip(axes, kinds, strict=True):
         _dots(axis, rows[rows.score == kind].set_index("name").reindex(names))
         axis.axvline(0, color="0.6", lw=0.8, zorder=0)
+        if margins and kind in margins:
+            axis.axvline(-margins[kind], color="#D55E00", lw=0.8, ls=":", zorder=0)
     axes[0].set_yticks(range(len(names)), names)
     return figure
 
