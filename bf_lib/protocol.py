@@ -42,6 +42,7 @@ from bf_lib.sensitivity.trained import TrainedSweep, Training
 from bf_lib.sizes import size_report
 from bf_lib.study import Study
 from bf_lib.training import Plan
+from bf_lib.training_data import HELD_OUT, SCENES
 from bf_lib.trials import Trials
 
 
@@ -212,7 +213,11 @@ def optimum_of(
 
 
 def study_examples(
-    study: Study, pipe: StableDiffusionPipeline, folder: Path, images: str | Path | None = None
+    study: Study,
+    pipe: StableDiffusionPipeline,
+    folder: Path,
+    images: str | Path | None = None,
+    held_out: bool = False,
 ) -> Path:
     """Returns the file of what students learn from, which is made if it is missing.
 
@@ -221,6 +226,7 @@ def study_examples(
         pipe: Its model.
         folder: Where the file is kept.
         images: A folder of images, as `folder_examples` takes it; None is scenes, for `mini`.
+        held_out: Whether scenes are others, which nothing is trained on.
 
     Raises:
         ValueError: If there are no images for another model than `mini`.
@@ -229,7 +235,10 @@ def study_examples(
         return folder_examples(pipe, Path(images), folder)
     if study.model != "mini":
         raise ValueError(f"{study.model} learns from images: give a folder of them")
-    return scene_examples(study.model, study.examples, folder, processes=study.workers or 1)
+    count, first = study.examples, 0
+    if held_out:
+        count, first = min(HELD_OUT, count), SCENES
+    return scene_examples(study.model, count, folder, first, processes=study.workers or 1)
 
 
 def study_plan(study: Study, seed: int, stage: int) -> Plan:

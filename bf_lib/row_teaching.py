@@ -38,11 +38,10 @@ from bf_lib.teaching import Teaching, example_losses
 from bf_lib.timecache import cached_time_features, sampling_steps
 from bf_lib.times import uniform
 from bf_lib.training import TrainingFailed, train
-from bf_lib.training_data import SCENES, new_file
+from bf_lib.training_data import HELD_OUT, SCENES, new_file
 from bf_lib.training_state import load_ema
 
 DIGITS = 6  # that are kept of a number
-HELD_OUT = 512  # scenes that neither the model nor a student was trained on
 
 
 class RowsFailed(RuntimeError):

@@ -2,6 +2,7 @@
 
 __all__ = [
     "CAPTIONS",
+    "HELD_OUT",
     "SCENES",
     "digest",
     "new_file",
@@ -30,6 +31,7 @@ from bf_lib.provenance import imported_files, library_digest
 from bf_lib.scenes import Scene, caption, sample_scene
 
 SCENES = 60_000  # training scenes
+HELD_OUT = 512  # those after them, which neither a model nor a student is trained on
 CAPTIONS = 4  # phrasings of each
 
 

@@ -24,7 +24,6 @@ from bf_lib.packed_unets import load_packed, pack_student
 from bf_lib.paths import ROOT
 from bf_lib.recipe import Recipe
 from bf_lib.row_teaching import (
-    HELD_OUT,
     RowsFailed,
     examples_of,
     held_out_error,
@@ -38,6 +37,7 @@ from bf_lib.study import Study
 from bf_lib.taught_rows import Ablation, effort_of, exam_of, record_of, state_of
 from bf_lib.teaching import Teaching
 from bf_lib.times import uniform
+from bf_lib.training_data import HELD_OUT
 
 
 @pytest.fixture(scope="module")
