@@ -166,7 +166,10 @@ def _of_single_prompts(row: Finished, score: str) -> float:
 def difference(
     first: Finished, second: Finished | None, score: str, spread: Spread
 ) -> dict[str, float]:
-    """Returns by how much the first row's mean is above the second's, with its 95 % interval.
+    """Returns by how much the first row's mean is above the second's: value, low, high and p.
+
+    Low and high are the 95 % interval; p is the probability, if there were no difference, of one
+    as large or larger, of either sign.
 
     Two things make it uncertain: which prompts were asked, of which both sides have the same, from
     the same noise, so that differences of pairs count; and by what luck each was trained. The luck
@@ -197,10 +200,12 @@ def difference(
         parts.append((sum(means), min(freedoms)))
     variance = float(sum(part for part, _ in parts))
     value, half = float(values.mean()), 0.0
+    p = float(value == 0)
     if variance > 0:
         freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
         half = float(student_t.ppf(0.975, freedom) * variance**0.5)
-    return {"value": value, "low": value - half, "high": value + half}
+        p = 2 * float(student_t.sf(abs(value) / variance**0.5, freedom))
+    return {"value": value, "low": value - half, "high": value + half, "p": p}
 
 
 def difference_table(

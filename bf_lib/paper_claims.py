@@ -2,10 +2,12 @@
 
 __all__ = ["CLAIMS", "MARGINS", "PaperClaim", "claim_table", "claims_beside_teacher"]
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+from scipy.stats import false_discovery_control
 
 from bf_lib.ablation_study import SCORES, Finished, Spread, difference, fewest
 
@@ -16,6 +18,7 @@ BETTER = {"passed": "Table 8", "clip": "Table 4"}  # where the paper's student i
 REPRODUCED, NOT_REPRODUCED = "reproduced on mini", "not reproduced"
 NOISE, LEFT = "not distinguishable from noise", "not finished"
 ALONE = "one training each"
+LIMIT = 0.05  # of the share of differences that are told apart by chance
 ABOUT = ("claim", "better", "worse", "source", "paper")
 
 
@@ -130,13 +133,17 @@ def claim_table(
 ) -> pd.DataFrame:
     """Says for each claim of the paper what the ablation found.
 
+    So many differences cannot be taken one by one: of twenty intervals one is beside zero by
+    chance. Their p-values are therefore adjusted for all of the table (Benjamini and Hochberg,
+    1995): of the differences with q below `LIMIT`, so many are expected to be there by chance.
+
     Returns:
         Columns claim, better, worse (the rows), source, paper (of the CLIP score), score, value,
-        low, high, seeds (the fewer of both rows) and verdict: "reproduced on mini" if all of the
-        interval is on the claim's side of zero, "not reproduced" if it is on the other, else "not
-        distinguishable from noise"; "not finished" where a row is missing. Where there is but one
-        training each, it says so, and nothing else as long as no row has two. Of twenty intervals
-        one is beside zero by chance.
+        low, high (95 %), seeds (the fewer of both rows), p, q and verdict: "reproduced on mini" if
+        q is below `LIMIT` and the difference is of the claim's sign, "not reproduced" if it is of
+        the other, else "not distinguishable from noise"; "not finished" where a row is missing.
+        Where there is but one training each, it says so, and nothing else as long as no row has
+        two.
     """
     spreads = {score: Spread.of(rows, score) for score in scores}
     records = []
@@ -144,22 +151,30 @@ def claim_table(
         pair = rows.get(claim.better), rows.get(claim.worse)
         about = {field: getattr(claim, field) for field in ABOUT}
         for score in scores:
-            if None in pair:
-                records.append(about | {"score": score, "verdict": LEFT})
-                continue
-            found, seeds = difference(*pair, score, spreads[score]), fewest(*pair)
-            verdict = _verdict(found, SCORES[score])
-            if seeds == 1 and any(row.trained for row in pair):
-                verdict = f"{verdict}, {ALONE}" if spreads[score].freedom else ALONE
-            records.append(about | {"score": score} | found | {"seeds": seeds, "verdict": verdict})
-    columns = [*ABOUT, "score", "value", "low", "high", "seeds", "verdict"]
-    return pd.DataFrame(records, columns=columns)
+            record = about | {"score": score}
+            if None not in pair:
+                record |= difference(*pair, score, spreads[score])
+                record["seeds"] = fewest(*pair)
+                record["alone"] = record["seeds"] == 1 and any(row.trained for row in pair)
+            records.append(record)
+    columns = [*ABOUT, "score", "value", "low", "high", "seeds", "p", "alone"]
+    table = pd.DataFrame(records, columns=columns).assign(q=math.nan)
+    known = table.p.notna()
+    if known.any():
+        table.loc[known, "q"] = false_discovery_control(table.p[known])
+    verdicts = [_verdict(row, spreads[row.score]) for row in table.itertuples()]
+    return table.drop(columns="alone").assign(verdict=verdicts)
 
 
-def _verdict(found: Mapping[str, float], better: int) -> str:
-    if found["low"] <= 0 <= found["high"]:
-        return NOISE
-    return REPRODUCED if found["value"] * better > 0 else NOT_REPRODUCED
+def _verdict(row: object, spread: Spread) -> str:
+    if math.isnan(row.p):
+        return LEFT
+    if row.alone and not spread.freedom:
+        return ALONE
+    verdict = NOISE
+    if row.q < LIMIT:
+        verdict = REPRODUCED if row.value * SCORES[row.score] > 0 else NOT_REPRODUCED
+    return f"{verdict}, {ALONE}" if row.alone else verdict
 
 
 def claims_beside_teacher(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from lessons import RECIPES
+from scipy.stats import ttest_1samp
 
 from bf_lib.ablation_rows import ablation_rows
 from bf_lib.ablation_study import SCORES, Finished, Spread, difference, difference_table
@@ -54,7 +55,16 @@ def of(*rows: Finished) -> Spread:
 
 def test_a_row_that_is_not_trained_differs_from_itself_by_nothing():
     a = row("a", drawn(0.0, seeds=1), trained=False)
-    assert difference(a, a, "clip", of(a)) == {"value": 0.0, "low": 0.0, "high": 0.0}
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    assert difference(a, a, "clip", of(a)) == nothing
+
+
+def test_without_training_p_is_that_of_students_test():
+    a = row("a", drawn(0.1, seeds=1, prompts=30), trained=False)
+    b = row("b", drawn(0.0, seeds=1, prompts=30, seed=1), trained=False)
+    pairs = a.scores["clip"][0] - b.scores["clip"][0]
+    found = difference(a, b, "clip", of(a, b))["p"]
+    assert found == pytest.approx(ttest_1samp(pairs, 0).pvalue)
 
 
 def test_pairs_tell_more_than_each_by_itself():
@@ -193,6 +203,24 @@ def test_verdicts_follow_the_intervals():
     wanted = {"yes": REPRODUCED, "no": NOT_REPRODUCED, "perhaps": NOISE, "later": LEFT}
     for score in SCORES:  # of the errors, less is better
         assert table[score].to_dict() == wanted
+
+
+def test_many_claims_are_judged_together():
+    """A difference that is told apart by itself is not, among many of which none is."""
+    base = drawn(0.0, seeds=1)
+    rows = {"base": row("base", base, trained=False)}
+    for n, t in enumerate([2.4, *np.linspace(-1.5, 1, 39)]):  # of Student's test
+        apart = drawn(0.0, seeds=1, seed=n + 1) - base
+        apart = (apart - apart.mean()) / apart.std(ddof=1) + t / apart.size**0.5
+        rows[str(n)] = row(str(n), base + apart, trained=False)
+    claims = [PaperClaim(str(n), str(n), "base", 0.1, "Table 4") for n in range(40)]
+    first = claim_table(rows, claims[:1], ["clip"])
+    table = claim_table(rows, claims, ["clip"])
+    assert first.q[0] == first.p[0] == table.p[0] < 0.05 and first.verdict[0] == REPRODUCED
+    assert table.q[0] > 0.05 and table.verdict[0] == NOISE
+    steps = sorted(table.p)  # Benjamini and Hochberg's, by hand
+    wanted = [min(p * 40 / rank for rank, p in enumerate(steps, 1) if p >= own) for own in steps]
+    assert sorted(table.q) == pytest.approx([min(1.0, q) for q in wanted])
 
 
 def test_one_training_each_is_marked_and_says_nothing_by_itself():
