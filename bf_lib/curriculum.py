@@ -15,7 +15,7 @@ from bf_lib.reconstruction import Reconstruction
 from bf_lib.sampling import Sampler
 from bf_lib.teaching import Lesson
 from bf_lib.times import beta
-from bf_lib.training import Plan
+from bf_lib.training_plan import Plan
 
 STAGES = 2  # at most
 LATER = {"later": True}

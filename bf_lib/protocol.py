@@ -41,8 +41,8 @@ from bf_lib.sensitivity.sweep import Sweep
 from bf_lib.sensitivity.trained import TrainedSweep, Training
 from bf_lib.sizes import size_report
 from bf_lib.study import Study
-from bf_lib.training import Plan
 from bf_lib.training_data import HELD_OUT, SCENES
+from bf_lib.training_plan import Plan
 from bf_lib.trials import Trials
 
 

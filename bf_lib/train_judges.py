@@ -30,8 +30,8 @@ from bf_lib.scenes import (
     sample_medley,
     sample_scene,
 )
-from bf_lib.training import Plan
 from bf_lib.training_data import new_tokenizer
+from bf_lib.training_plan import Plan
 from bf_lib.training_state import load_ema
 
 SCENE_PLAN = Plan(steps=2400, batch=64, lr=2e-3, warmup=50, decay=0.6, ema=0.995)

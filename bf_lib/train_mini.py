@@ -38,7 +38,6 @@ from torch import Tensor
 from bf_lib.mini import TOKENS, new_unet, new_vae, to_float, tokenize
 from bf_lib.noising import noised
 from bf_lib.train_text import load_text_encoder
-from bf_lib.training import Plan
 from bf_lib.training_data import (
     CAPTIONS,
     SCENES,
@@ -49,6 +48,7 @@ from bf_lib.training_data import (
     training_images,
     training_scene,
 )
+from bf_lib.training_plan import Plan
 from bf_lib.training_state import load_ema
 
 ENCODED = 1000  # scenes encoded in one go

@@ -43,8 +43,8 @@ from bf_lib.scenes import (
     caption,
     sample_scene,
 )
-from bf_lib.training import Plan
 from bf_lib.training_data import new_tokenizer
+from bf_lib.training_plan import Plan
 from bf_lib.training_state import load_ema
 
 READ = 60_000  # captions
