@@ -34,7 +34,8 @@ def finished(tmp_path_factory):
     """The folders of trainings in which each part got random weights, and their order."""
     order, folder = [], tmp_path_factory.mktemp("finished")
 
-    def fit(make, plan, folder):
+    def fit(make, plan, folder, processes, cpu):
+        assert (processes, cpu) == (2, True)  # the same training on every machine
         order.append((folder.name, plan))
         torch.manual_seed(len(order))
         state = {f"ema/{k}": p.detach() for k, p in untrained(folder.name).named_parameters()}
