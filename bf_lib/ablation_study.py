@@ -201,7 +201,9 @@ def difference(
     variance = float(sum(part for part, _ in parts))
     value, half = float(values.mean()), 0.0
     p = float(value == 0)
-    if variance > 0:
+    if math.isnan(variance):  # of scores that are no numbers
+        half = p = math.nan
+    elif variance > 0:
         freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
         half = float(student_t.ppf(0.975, freedom) * variance**0.5)
         p = 2 * float(student_t.sf(abs(value) / variance**0.5, freedom))
@@ -248,5 +250,7 @@ def row_table(rows: Mapping[str, Finished]) -> pd.DataFrame:
         about = {"row": row.name, "group": row.group, "seeds": row.seeds}
         about |= {name: getattr(row, name) for name in ABOUT}
         for score, spread in spreads.items():
-            records.append(about | {"score": score} | difference(row, None, score, spread))
+            found = difference(row, None, score, spread)
+            del found["p"]  # that a mean is zero is nothing to ask
+            records.append(about | {"score": score} | found)
     return pd.DataFrame(records)

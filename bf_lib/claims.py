@@ -102,7 +102,8 @@ def make_claim(
         low: The least value that agrees.
         high: The greatest value that agrees.
         expected: The paper's value. Without bounds, the only one that agrees.
-        interval: The interval of the value, which decides in its place, but for checks.
+        interval: The interval of the value, which decides in its place beside bounds, but for
+            checks.
         source: The section, table or figure that it is compared with.
     """
     if low is None and high is None and expected is None:

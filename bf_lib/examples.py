@@ -27,6 +27,7 @@ from bf_lib.training_data import digest, new_file, training_captions, training_s
 
 ENCODED = 50 * 64**2  # pixels of images in one go
 SHARE = 500  # scenes of one task of a process
+FORMAT = "2"  # of files: names of those of another do not match
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +91,7 @@ def scene_examples(
         processes: How many processes share the work.
     """
     vae = load_pipeline(model).vae
-    known = digest(fingerprint([vae]).encode())
+    known = digest(f"{FORMAT} {fingerprint([vae])}".encode())
     path = folder / f"scenes-{first}-{count}-{known}.safetensors"
     if not path.exists():
         stops = [*range(first, first + count, SHARE), first + count]
@@ -128,7 +129,9 @@ def folder_examples(
     size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     paths = [images / name for name in table.file_name]
     seen = [(path.name, path.stat().st_mtime_ns) for path in paths]
-    known = digest(repr([fingerprint([pipe.vae]), size, seen, table.text.tolist()]).encode())
+    known = digest(
+        repr([FORMAT, fingerprint([pipe.vae]), size, seen, table.text.tolist()]).encode()
+    )
     file = folder / f"images-{len(paths)}-{known}.safetensors"
     if not file.exists():
         pictures = _pictures(progress(paths, desc="encode images"), size)

@@ -135,7 +135,8 @@ def claim_table(
 
     So many differences cannot be taken one by one: of twenty intervals one is beside zero by
     chance. Their p-values are therefore adjusted for all of the table (Benjamini and Hochberg,
-    1995): of the differences with q below `LIMIT`, so many are expected to be there by chance.
+    1995): of the differences with q below `LIMIT`, at most that share is expected to be there by
+    chance, if tests are independent or go together, as most of these do.
 
     Returns:
         Columns claim, better, worse (the rows), source, paper (of the CLIP score), score, value,
@@ -167,7 +168,7 @@ def claim_table(
 
 
 def _verdict(row: object, spread: Spread) -> str:
-    if math.isnan(row.p):
+    if math.isnan(row.seeds):
         return LEFT
     if row.alone and not spread.freedom:
         return ALONE

@@ -1,6 +1,6 @@
 """How processes of a run are started, and what each sets up: device, arithmetic, its end."""
 
-__all__ = ["end_with_parent", "make_deterministic", "own_device", "starter"]
+__all__ = ["USE_CPU", "end_with_parent", "make_deterministic", "own_device", "starter"]
 
 import os
 import sys
@@ -38,7 +38,8 @@ def own_device() -> torch.device:
     Also where `accelerate` by itself would take another kind, such as Apple's, on which nothing
     here was tried.
     """
-    os.environ.setdefault(USE_CPU, str(not torch.cuda.is_available()))
+    if not torch.cuda.is_available():
+        os.environ[USE_CPU] = "true"
     return PartialState(cpu=parse_flag_from_env(USE_CPU)).device
 
 

@@ -226,11 +226,16 @@ def study_examples(
         pipe: Its model.
         folder: Where the file is kept.
         images: A folder of images, as `folder_examples` takes it; None is scenes, for `mini`.
-        held_out: Whether scenes are others, which nothing is trained on.
+        held_out: Whether scenes are others, which nothing is trained on; not of images.
 
     Raises:
-        ValueError: If there are no images for another model than `mini`.
+        ValueError: If there are no images for another model than `mini`, if images should be held
+            out, or if there are not so many scenes.
     """
+    if images is not None and held_out:
+        raise ValueError("which images are held out is not known: give a folder of these alone")
+    if study.examples > SCENES:
+        raise ValueError(f"there are {SCENES} scenes to learn from, not {study.examples}")
     if images is not None:
         return folder_examples(pipe, Path(images), folder)
     if study.model != "mini":

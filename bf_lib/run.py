@@ -34,7 +34,7 @@ from bf_lib.claims import Claim, ClaimFailed, Value
 from bf_lib.figures import Drawing
 from bf_lib.models import load_pipeline
 from bf_lib.paths import ROOT, display_path, figures_folder, runs_folder
-from bf_lib.processes import make_deterministic, own_device
+from bf_lib.processes import make_deterministic
 from bf_lib.study import Study
 
 
@@ -81,7 +81,7 @@ class Run:
             notebook=notebook,
             study=study,
             seed=seed,
-            device=own_device(),
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             generator=torch.Generator("cpu").manual_seed(seed),
             parameters={name: value for name, value in overrides.items() if value is not None},
             root=root,

@@ -25,12 +25,12 @@ from torch import Tensor
 from bf_lib.coded_rate import coded_bits
 from bf_lib.distillation import BlockFeatures, feature_loss, noise_loss
 from bf_lib.examples import Examples
-from bf_lib.models import fingerprint, load_pipeline
+from bf_lib.models import load_pipeline
 from bf_lib.noising import Batch, noised, predicted
 from bf_lib.processes import own_device
 from bf_lib.times import draw_times
 from bf_lib.training_data import digest
-from bf_lib.training_state import load_ema
+from bf_lib.training_state import ema_digest, load_ema
 
 OBJECTIVES = ("distillation", "guided", "noise")
 
@@ -98,7 +98,7 @@ class Teaching:
         self.identity["levels"] = digest(str(levels).encode())
         if start is not None:
             load_ema(self.model, start)
-            self.identity["start"] = fingerprint([self.model])
+            self.identity["start"] = ema_digest(start)
         self.examples = Examples.load(lesson.examples)
         self.density = torch.tensor(lesson.density, dtype=torch.float64)
         self.alphas = self.pipe.scheduler.alphas_cumprod.to(self.device)
@@ -178,7 +178,7 @@ class Teaching:
         return {"loss": loss, "noise": noise, "features": features}
 
     def _guided(self, noise: Tensor) -> Tensor:
-        unconditional, conditional = noise.chunk(2)
+        unconditional, conditional = noise.float().chunk(2)  # differences, times the guidance
         return unconditional + self.lesson.guidance * (conditional - unconditional)
 
 

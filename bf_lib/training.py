@@ -27,7 +27,13 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bf_lib.processes import end_with_parent, make_deterministic, own_device, starter
+from bf_lib.processes import (
+    USE_CPU,
+    end_with_parent,
+    make_deterministic,
+    own_device,
+    starter,
+)
 from bf_lib.progress import progress
 from bf_lib.training_log import TrainingLog
 from bf_lib.training_plan import Plan
@@ -100,10 +106,10 @@ def _started(
     folder: Path,
 ) -> None:
     end_with_parent()
-    make_deterministic(threads)
+    torch.set_num_threads(threads)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     place |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads}
-    place["ACCELERATE_USE_CPU"] = cpu
+    place[USE_CPU] = cpu
     os.environ |= {name: str(value) for name, value in place.items()}
     train(make, plan, folder)
 
@@ -117,6 +123,7 @@ def train(make: Callable[[], Task], plan: Plan, folder: Path) -> None:
     Raises:
         TrainingFailed: If a loss or gradient is not finite; the last checkpoint stays.
     """
+    make_deterministic(torch.get_num_threads())
     device = own_device()
     accelerator = Accelerator(mixed_precision=plan.precision)
     world, rank = accelerator.num_processes, accelerator.process_index

@@ -107,4 +107,4 @@ def new_file(path: Path) -> Iterator[Path]:
     """Gives a name to write under, and renames it: two processes at once do no harm."""
     new = path.with_stem(f"{path.stem}-{os.getpid()}")
     yield new
-    new.rename(path)
+    new.replace(path)

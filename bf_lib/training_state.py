@@ -1,7 +1,8 @@
 """What a training goes on from after a kill: weights, their averages, moments, and the step."""
 
-__all__ = ["TrainingState", "load_ema"]
+__all__ = ["TrainingState", "ema_digest", "load_ema"]
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -44,8 +45,8 @@ class TrainingState:
         new, checkpoint = self.folder / "new.safetensors", self.folder / CHECKPOINT
         save_file({name: value.contiguous() for name, value in tensors.items()}, new, meta)
         if step <= self.made["plan"]["save_every"] and checkpoint.exists():
-            checkpoint.rename(self.folder / "replaced.safetensors")
-        new.rename(checkpoint)
+            checkpoint.replace(self.folder / "replaced.safetensors")
+        new.replace(checkpoint)
 
     @torch.no_grad()
     def restore(self, reduce: Callable[[Tensor, str], Tensor]) -> int:
@@ -82,10 +83,7 @@ def load_ema(model: nn.Module, folder: Path) -> nn.Module:
         FileNotFoundError: If there is none.
         ValueError: If its weights have other names.
     """
-    if not (folder / CHECKPOINT).exists():
-        raise FileNotFoundError(f"no training is in {folder}, or none that got to a checkpoint")
-    tensors, _ = _read(folder / CHECKPOINT)
-    state = {name[4:]: value for name, value in tensors.items() if name.startswith("ema/")}
+    state = _averages(folder)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(wanted - set(state)):
         raise ValueError(f"{folder} holds no weights for {missing[:5]}")
@@ -93,6 +91,26 @@ def load_ema(model: nn.Module, folder: Path) -> nn.Module:
         raise ValueError(f"{folder} holds weights of another model: {unexpected[:5]}")
     model.load_state_dict(state, strict=False)  # buffers are not saved
     return model
+
+
+def ema_digest(folder: Path) -> str:
+    """Returns 16 digits that tell the averaged weights of the checkpoint in `folder` from others.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(_averages(folder).items()):
+        digest.update(name.encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _averages(folder: Path) -> dict[str, Tensor]:
+    if not (folder / CHECKPOINT).exists():
+        raise FileNotFoundError(f"no training is in {folder}, or none that got to a checkpoint")
+    tensors, _ = _read(folder / CHECKPOINT)
+    return {name[4:]: value for name, value in tensors.items() if name.startswith("ema/")}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict]:

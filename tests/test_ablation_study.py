@@ -8,7 +8,14 @@ from lessons import RECIPES
 from scipy.stats import ttest_1samp
 
 from bf_lib.ablation_rows import ablation_rows
-from bf_lib.ablation_study import SCORES, Finished, Spread, difference, difference_table
+from bf_lib.ablation_study import (
+    SCORES,
+    Finished,
+    Spread,
+    difference,
+    difference_table,
+    row_table,
+)
 from bf_lib.claims import make_claim
 from bf_lib.paper_claims import (
     ALONE,
@@ -203,6 +210,36 @@ def test_verdicts_follow_the_intervals():
     wanted = {"yes": REPRODUCED, "no": NOT_REPRODUCED, "perhaps": NOISE, "later": LEFT}
     for score in SCORES:  # of the errors, less is better
         assert table[score].to_dict() == wanted
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_p_is_a_twentieth_where_an_interval_ends_at_zero(seeds):
+    """Of trained rows, and of pairs that go on from the same weights."""
+    others = [row(n, drawn(0.0, seed=i, spread=0.1)) for i, n in enumerate("xyz", 7)]
+    a = row("a", drawn(0.3, seeds=seeds, spread=0.1), first="one")
+    for first in ("", "one"):
+        b = row("b", drawn(0.0, seeds=seeds, seed=1, spread=0.1), first=first)
+        rows = [a, b, *others]
+        low = difference(a, b, "clip", of(*rows))["low"]
+        moved = replace(a, scores={"clip": a.scores["clip"] - low})
+        found = difference(moved, b, "clip", of(*rows))
+        assert found["low"] == pytest.approx(0, abs=1e-9) and found["p"] == pytest.approx(0.05)
+
+
+def test_what_is_not_a_number_is_no_verdict():
+    scores = drawn(1.0, seeds=1)
+    scores[0, 5] = np.nan
+    rows = {
+        "a": row("a", scores, trained=False),
+        "b": row("b", drawn(0.0, seeds=1), trained=False),
+    }
+    table = claim_table(rows, [PaperClaim("broken", "a", "b", 0.1, "Table 4")], ["clip"])
+    assert np.isnan(table.p[0]) and np.isnan(table.low[0]) and table.verdict[0] == NOISE
+
+
+def test_rows_have_no_p():
+    rows = {"a": row("a", drawn(1.0))}
+    assert "p" not in row_table(rows) and {"value", "low", "high"} <= set(row_table(rows))
 
 
 def test_many_claims_are_judged_together():

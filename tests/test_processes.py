@@ -32,9 +32,9 @@ def test_without_one_they_are_forked_from_what_is_imported():
 def fresh(monkeypatch):
     """No device is chosen, neither before the test nor by it."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    monkeypatch.delenv(USE_CPU, raising=False)
+    monkeypatch.setenv(USE_CPU, "False")  # as `accelerate launch` sets it
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # as accelerate does for such a device
     monkeypatch.setattr("accelerate.state.is_mps_available", lambda: True)
-    monkeypatch.setattr("accelerate.state.is_cuda_available", lambda: False, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

@@ -35,6 +35,15 @@ def test_other_models_learn_from_images(asked, tmp_path):
     assert asked == []
 
 
+def test_examples_that_cannot_be_are_refused(asked, tmp_path):
+    study = Study.of("mini")
+    with pytest.raises(ValueError, match="give a folder of these alone"):
+        protocol.study_examples(study, None, tmp_path, images=tmp_path, held_out=True)
+    with pytest.raises(ValueError, match=f"{SCENES} scenes to learn from, not {SCENES + 1}"):
+        protocol.study_examples(Study.of("mini", examples=SCENES + 1), None, tmp_path)
+    assert asked == []
+
+
 def test_stages_have_the_papers_steps_and_rate():
     first, second = (protocol.study_plan(Study.of("sd15"), 3, stage) for stage in (1, 2))
     assert (first.steps, second.steps) == (20_000, 50_000)
