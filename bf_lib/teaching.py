@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save
 from torch import Tensor
 
 from bf_lib.coded_rate import coded_bits
@@ -30,7 +31,7 @@ from bf_lib.noising import Batch, noised, predicted
 from bf_lib.processes import own_device
 from bf_lib.times import draw_times
 from bf_lib.training_data import digest
-from bf_lib.training_state import ema_digest, load_ema
+from bf_lib.training_state import averages, load_ema
 
 OBJECTIVES = ("distillation", "guided", "noise")
 
@@ -98,7 +99,7 @@ class Teaching:
         self.identity["levels"] = digest(str(levels).encode())
         if start is not None:
             load_ema(self.model, start)
-            self.identity["start"] = ema_digest(start)
+            self.identity["start"] = digest(save(averages(start)))
         self.examples = Examples.load(lesson.examples)
         self.density = torch.tensor(lesson.density, dtype=torch.float64)
         self.alphas = self.pipe.scheduler.alphas_cumprod.to(self.device)

@@ -1,8 +1,7 @@
 """What a training goes on from after a kill: weights, their averages, moments, and the step."""
 
-__all__ = ["TrainingState", "ema_digest", "load_ema"]
+__all__ = ["TrainingState", "averages", "load_ema"]
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -83,7 +82,7 @@ def load_ema(model: nn.Module, folder: Path) -> nn.Module:
         FileNotFoundError: If there is none.
         ValueError: If its weights have other names.
     """
-    state = _averages(folder)
+    state = averages(folder)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(wanted - set(state)):
         raise ValueError(f"{folder} holds no weights for {missing[:5]}")
@@ -93,20 +92,12 @@ def load_ema(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def ema_digest(folder: Path) -> str:
-    """Returns 16 digits that tell the averaged weights of the checkpoint in `folder` from others.
+def averages(folder: Path) -> dict[str, Tensor]:
+    """Returns the averaged weights of the checkpoint in `folder`, by name.
 
     Raises:
         FileNotFoundError: If there is none.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(_averages(folder).items()):
-        digest.update(name.encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def _averages(folder: Path) -> dict[str, Tensor]:
     if not (folder / CHECKPOINT).exists():
         raise FileNotFoundError(f"no training is in {folder}, or none that got to a checkpoint")
     tensors, _ = _read(folder / CHECKPOINT)
