@@ -83,9 +83,12 @@ def fit(
 
     Raises:
         ProcessRaisedException: With the error of the process that failed first.
+        ValueError: If processes outnumber the CUDA devices, or cannot share a batch.
     """
     gpus = 0 if cpu else torch.cuda.device_count()
     processes = processes or (plan.largest(gpus) if gpus else 2)
+    if gpus and processes > gpus:  # NCCL joins no two processes on one device
+        raise ValueError(f"{processes} processes need a CUDA device each; there are {gpus}")
     plan.shares(processes)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

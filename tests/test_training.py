@@ -238,6 +238,11 @@ def test_gpus_that_cannot_share_a_batch_are_left_out(monkeypatch, tmp_path):
     assert (on_gpus[3], on_cpus[3]) == (False, True)  # whether on the CPU
     assert how["start_method"] == "spawn"
 
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes need a CUDA device each; there are 1"):
+        fit(Line, replace(PLAN, batch=8), tmp_path, processes=2)
+    assert len(started) == 2  # nothing was started
+
 
 def test_a_process_without_a_checkpoint_keeps_no_other_waiting(whole, tmp_path):
     """All must take part in what decides whether to go on, of machines that share no folder."""
