@@ -156,13 +156,13 @@ def result_rows(recipes: Mapping[str, Recipe]) -> list[Row]:
     to learn, and its first stage is four times as long, at a third of the rate: as long as rates
     do not fall, the loss stays at a level that is lower for the lower one. That it becomes smaller
     still, the length of its codes is part of the loss of another 1,000 steps, with a weight of
-    .001. Other weights, of one training each, were added when its first scores were known.
+    .001. Another weight, of one training, was added when its first scores were known.
 
     Arguments:
         recipes: As of `ablation_rows`.
     """
     longer, slower = replace(FIRST, share=4.0), (("lr", 1e-4),)
-    rated = {w: (longer, replace(FIRST, rate_weight=w)) for w in (0.0003, 0.001, 0.003)}
+    rated = {w: (longer, replace(FIRST, rate_weight=w)) for w in (0.0003, 0.001)}
     others = {f"with a rate term of {w:g}": stages for w, stages in rated.items() if w != 0.001}
     students = {"not trained": (), "Stage I": (FIRST,), "Stage II": (FIRST, SECOND)}
     smallest = {"not trained": (), "Stage I": (longer,), "Stage II": (longer, SECOND)}
