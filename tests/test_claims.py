@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from bf_lib.claims import STATUSES, ClaimFailed, failures, gather, make_claim
+from bf_lib.paths import ROOT
 from bf_lib.run import Run
 from bf_lib.study import Study
 
@@ -150,3 +152,18 @@ def test_only_checks_fail():
     settings = {"preset": "mini", "presets": ("mini",), "low": 1.0}
     claims = [make_claim(kind, 0.0, kind=kind, **settings) for kind in STATUSES]
     assert [claim.name for claim in failures(claims)] == ["check"]
+
+
+COMMITTED = sorted(ROOT.glob("data/runs/mini/*/claims.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=[path.parent.name for path in COMMITTED])
+def test_committed_statuses_are_those_of_the_rule(path):
+    """A rule that is changed asks for its notebooks to be run again."""
+    for row in json.loads(path.read_text()):
+        status = row.pop("status")
+        assert make_claim(**row, presets=(row["preset"],)).status == status, row["name"]
+
+
+def test_claims_are_committed():
+    assert len(COMMITTED) >= 10
