@@ -135,6 +135,9 @@ def _papermill(
 ) -> nb.NotebookNode:
     """Runs a notebook in a fresh kernel, in its own folder as Jupyter does."""
     os.environ["BF_HEADLESS"] = "1"
+    # What other systems say when they are imported, if they are installed, is of no notebook.
+    os.environ.setdefault("TORCH_LOGS", "-torch.utils._pytree")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ["BF_PROGRESS"] = str(products.progress)
     try:
         return papermill.execute_notebook(
